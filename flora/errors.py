@@ -1,0 +1,35 @@
+"""Everything that can go wrong by a user's hand, by name.
+
+Every message is one sentence that names the thing and the way out, and is safe to show to a visitor: it repeats what the visitor gave
+(a tag, a file's name, a number), never a path of the server.
+"""
+
+from __future__ import annotations
+
+
+class FloraError(ValueError):
+    """Base of every error this package raises on purpose."""
+
+
+class ModelError(FloraError):
+    """A base model that cannot be loaded, or is of an architecture the engine does not serve."""
+
+
+class AdapterError(FloraError):
+    """An adapter that does not fit: wrong shapes, an unknown layer, a method without a matching family."""
+
+
+class CheckpointError(AdapterError):
+    """An adapter folder that cannot be read: missing files, missing tensors, a pickle, a truncated file, an unsupported type."""
+
+
+class RequestError(FloraError):
+    """A request that cannot be served: empty or over-long prompt, nonsense limits, nothing to do."""
+
+
+class UnknownAdapterError(RequestError):
+    """A request names an adapter tag the engine does not hold."""
+
+
+class AudioError(RequestError):
+    """A clip that cannot be transcribed: silent, corrupt, empty, not finite, longer than the window."""
