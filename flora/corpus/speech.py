@@ -1,14 +1,15 @@
 """The spoken corpus: number and command phrases read by espeak-ng, in six languages and English.
 
-What is said is made here: two to four digits, or a command ("open the door"), with or without a number after it ("open the door five").
-What is written is lower-case, without punctuation, in the language's own script, normalised to NFC. A clip is 16 kHz mono float32 in
-[-1, 1], at most `WINDOW_S` long, so that it fits the window of the embedded speech model.
+What is said is made here: two to four digits, or a command ("open the door"), with or without a number after it ("open
+the door five"). What is written is lower-case, without punctuation, in the language's own script, normalised to NFC. A
+clip is 16 kHz mono float32 in [-1, 1], at most `WINDOW_S` long, so that it fits the embedded speech model's window.
 
-The held-out split keeps away from training in three ways at once: its voices, its speeds and pitches, and its word combinations (a
-fifth of all of them, by a hash of the text) are in no training clip. Only the bare commands, a closed list, are in both splits.
+The held-out split keeps away from training in three ways at once: its voices, its speeds and pitches, and its word
+combinations (a fifth of all of them, by a hash of the text) are in no training clip. Only the bare commands, a closed
+list, are in both splits.
 
-espeak-ng has no Mongolian voice: Mongolian Cyrillic is read by the Kazakh one, the nearest it has, which knows every letter.
-Arabic is read from text with vowel marks, which the transcript, as usual in Arabic, leaves out.
+espeak-ng has no Mongolian voice: Mongolian Cyrillic is read by the Kazakh one, the nearest it has, which knows
+every letter. Arabic is read from text with vowel marks, which the transcript, as usual in Arabic, leaves out.
 
     python -m flora.corpus.speech --dataset runs/speech     # clips to train on and to be judged by
     python -m flora.corpus.speech --clips assets/clips      # the examples that ship: two held-out clips per language
@@ -29,6 +30,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -154,39 +156,49 @@ class Utterance:
     seed: int  # of the noise
 
 
+def written(spoken: str) -> str:
+    """The transcript of what espeak-ng is given to read: the same without Arabic vowel marks."""
+    return VOWEL_MARKS.sub("", spoken)
+
+
 def is_held_out(text: str) -> bool:
-    """Whether a word combination belongs to the held-out split: a fifth of all of them do, by a hash of the transcript."""
+    """Whether a word combination belongs to the held-out split: a fifth do, by a hash of the transcript."""
     return hashlib.sha256(text.encode()).digest()[0] % 5 == 0
 
 
-def _phrase(language: SpokenLanguage, choice: random.Random) -> tuple[str, bool]:
-    """A phrase to speak and whether it is a bare command."""
+def _phrase(language: SpokenLanguage, split: str, choice: random.Random) -> str:
+    """A phrase to speak: digits (60 %), a bare command (20 %), or a command and a number (20 %).
+
+    The kind is drawn first, then a phrase of it until one belongs to the split: both splits hold the same mixture.
+    """
     kind = choice.random()
-    if kind < 0.6:
-        return " ".join(choice.choice(language.digits) for _ in range(choice.randint(2, 4))), False
-    command = choice.choice(language.commands())
-    if kind < 0.8:
-        return command, True
-    return f"{command} {choice.choice(language.digits)}", False
+    while True:
+        if kind < 0.6:
+            phrase = " ".join(choice.choice(language.digits) for _ in range(choice.randint(2, 4)))
+        else:
+            phrase = choice.choice(language.commands())
+            if kind < 0.8:
+                return phrase
+            phrase += " " + choice.choice(language.digits)
+        if is_held_out(written(phrase)) == (split == "held-out"):
+            return phrase
 
 
 def utterances(tag: str, split: str = "train", seed: int = 0) -> Iterator[Utterance]:
-    """An endless stream of utterances of one language and split; the same arguments give the same stream.
+    """An endless stream of utterances of one language and split, the same for the same arguments.
 
     Raises:
         ValueError: an unknown tag or split.
     """
     if tag not in LANGUAGES or split not in SPLITS:
-        raise ValueError(f"there is no spoken corpus '{tag}' / '{split}': tags are {', '.join(LANGUAGES)}, splits {', '.join(SPLITS)}")
+        known = f"tags are {', '.join(LANGUAGES)}, splits {', '.join(SPLITS)}"
+        raise ValueError(f"there is no spoken corpus '{tag}' / '{split}': {known}")
     language, choice = LANGUAGES[tag], random.Random(f"{tag} {split} {seed}")
     while True:
-        spoken, bare_command = _phrase(language, choice)
-        text = VOWEL_MARKS.sub("", spoken)
-        if not bare_command and is_held_out(text) != (split == "held-out"):
-            continue
+        spoken = _phrase(language, split, choice)
         yield Utterance(
             tag=tag,
-            text=text,
+            text=written(spoken),
             spoken=spoken,
             voice=f"{language.voice}+{choice.choice(VARIANTS[split])}",
             speed=choice.choice(SPEEDS[split]),
@@ -206,21 +218,36 @@ def require_espeak() -> str:
     """
     path = shutil.which("espeak-ng")
     if path is None:
-        raise ModelError("espeak-ng, which speaks the corpus, is not installed: apt install espeak-ng, or brew install espeak-ng")
+        raise ModelError(
+            "espeak-ng, which speaks the corpus, is not installed: apt install espeak-ng, or brew install espeak-ng"
+        )
     return path
 
 
+@lru_cache
+def _voices(espeak: str) -> frozenset[str]:
+    """The voices espeak-ng has; asked for one it lacks, it would read with another one and say nothing."""
+    listing = subprocess.run([espeak, "--voices"], capture_output=True, text=True, check=False).stdout
+    return frozenset(line.split()[1] for line in listing.splitlines()[1:] if line.strip())
+
+
 def speak(utterance: Utterance) -> np.ndarray:
-    """The clip: float32 samples (n,) at 16 kHz, mono, silence around the words trimmed to `lead_s` before and 0.1 s after.
+    """The clip: float32 samples (n,) at 16 kHz, mono, trimmed to `lead_s` of silence before the words and 0.1 s after.
 
     Raises:
         ModelError: espeak-ng is not installed, or does not know the voice.
     """
-    command = [require_espeak(), "-v", utterance.voice, "-s", str(utterance.speed), "-p", str(utterance.pitch), "--stdout"]
-    done = subprocess.run(command, input=utterance.spoken.encode(), capture_output=True, check=False)
+    espeak = require_espeak()
+    if utterance.voice.split("+")[0] not in _voices(espeak):
+        raise ModelError(
+            f"espeak-ng has no voice '{utterance.voice}': reinstall it with its data, or choose another language"
+        )
+    options = ["-v", utterance.voice, "-s", str(utterance.speed), "-p", str(utterance.pitch), "--stdout"]
+    done = subprocess.run([espeak, *options], input=utterance.spoken.encode(), capture_output=True, check=False)
     if done.returncode != 0 or not done.stdout:
-        raise ModelError(f"espeak-ng cannot read with the voice '{utterance.voice}': {done.stderr.decode(errors='replace').strip()}")
-    # espeak-ng leaves the length fields of a streamed WAV at their largest value; soundfile reads to the end all the same.
+        message = done.stderr.decode(errors="replace").strip()
+        raise ModelError(f"espeak-ng cannot read with the voice '{utterance.voice}': {message}")
+    # espeak-ng leaves the length fields of a streamed WAV at their largest value; soundfile reads to the end.
     samples, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32", always_2d=True)
     speech = soxr.resample(samples.mean(axis=1), rate, SAMPLING_RATE)
     loud = np.flatnonzero(np.abs(speech) > 0.01 * np.abs(speech).max())
@@ -228,7 +255,8 @@ def speak(utterance: Utterance) -> np.ndarray:
     lead = np.zeros(round(utterance.lead_s * SAMPLING_RATE), dtype=np.float32)
     clip = np.concatenate([lead, speech, np.zeros(SAMPLING_RATE // 10, dtype=np.float32)])
     clip *= utterance.peak / np.abs(clip).max()
-    noise_power = np.mean(np.square(speech * (utterance.peak / np.abs(speech).max()))) * 10.0 ** (-utterance.noise_db / 10.0)
+    speech_power = np.mean(np.square(speech * (utterance.peak / np.abs(speech).max())))
+    noise_power = speech_power * 10.0 ** (-utterance.noise_db / 10.0)
     noise = np.random.default_rng(utterance.seed).standard_normal(len(clip), dtype=np.float32)
     return np.clip(clip + noise * np.float32(np.sqrt(noise_power)), -1.0, 1.0).astype(np.float32)
 
@@ -257,7 +285,7 @@ def _clips_path(folder: str | Path, tag: str, split: str, count: int, seed: int)
 
 
 def _make_clips(folder: str | Path, tag: str, split: str, count: int, seed: int) -> Path:
-    """Speak `count` clips that fit the window into one .npz file, unless it is there already; the file appears whole or not at all."""
+    """Speak `count` clips that fit the window into one .npz file, unless it is there; whole or not at all."""
     path = _clips_path(folder, tag, split, count, seed)
     if path.exists():
         return path
@@ -284,7 +312,7 @@ def _make_clips(folder: str | Path, tag: str, split: str, count: int, seed: int)
 
 
 def load_clips(folder: str | Path, tag: str, split: str, count: int, seed: int = 0) -> Clips:
-    """`count` clips of one language and split, from the cache in `folder`; spoken first if they are not there yet.
+    """`count` clips of one language and split, from the cache in `folder`; spoken first if they are not there.
 
     Raises:
         ModelError: the clips must be spoken and espeak-ng is not installed.
@@ -297,9 +325,12 @@ def load_clips(folder: str | Path, tag: str, split: str, count: int, seed: int =
 def build_dataset(
     folder: str | Path, counts: Mapping[tuple[str, str], int], *, seed: int = 0, processes: int = 2
 ) -> dict[tuple[str, str], Clips]:
-    """Speak and cache clips, a file per language and split, in parallel: `counts` maps (tag, split) to a number of clips.
+    """Speak and cache clips, a file per language and split, in parallel; `counts` maps (tag, split) to their number.
 
-    What is there already is kept: a second call only reads. Raises ModelError if something must be spoken and espeak-ng is missing.
+    What is there already is kept: a second call only reads.
+
+    Raises:
+        ModelError: something must be spoken and espeak-ng is not installed.
     """
     missing = [key for key, count in counts.items() if not _clips_path(folder, *key, count, seed).exists()]
     if missing:
@@ -320,7 +351,7 @@ def write_example_clips(folder: str | Path, per_language: int = 2, seed: int = 1
     folder.mkdir(parents=True, exist_ok=True)
     entries, speakers = [], {}
     for tag, language in LANGUAGES.items():
-        digits = {VOWEL_MARKS.sub("", digit) for digit in language.digits}
+        digits = {written(digit) for digit in language.digits}
         for index in range(per_language):
             for utterance in utterances(tag, "held-out", seed + index):
                 words = utterance.text.split()
@@ -339,13 +370,19 @@ def write_example_clips(folder: str | Path, per_language: int = 2, seed: int = 1
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; prints what was made."""
-    parser = argparse.ArgumentParser(prog="python -m flora.corpus.speech", description="Speak the corpus with espeak-ng.")
+    parser = argparse.ArgumentParser(
+        prog="python -m flora.corpus.speech", description="Speak the corpus with espeak-ng."
+    )
     parser.add_argument("--clips", metavar="FOLDER", help="write the example clips that ship, and clips.json")
     parser.add_argument("--dataset", metavar="FOLDER", help="speak and cache training and held-out clips")
-    parser.add_argument("--tags", nargs="+", choices=list(LANGUAGES), default=list(LANGUAGES), help="languages of the dataset")
+    parser.add_argument(
+        "--tags", nargs="+", choices=list(LANGUAGES), default=list(LANGUAGES), help="languages of the dataset"
+    )
     parser.add_argument("--train-count", type=int, default=2000, help="training clips per language")
     parser.add_argument("--held-out-count", type=int, default=100, help="held-out clips per language")
-    parser.add_argument("--list", metavar="TAG", choices=list(LANGUAGES), help="print twenty held-out transcripts of a language")
+    parser.add_argument(
+        "--list", metavar="TAG", choices=list(LANGUAGES), help="print twenty held-out transcripts of a language"
+    )
     options = parser.parse_args(arguments)
     if not (options.clips or options.dataset or options.list):
         parser.error("nothing to do: give --clips, --dataset or --list")
