@@ -1,0 +1,59 @@
+"""Small functions in ten programming languages: what the embedded code model and its adapters learn from.
+
+    for problem in problems("train", seed=0):
+        program = render(problem, "lua")          # program.prompt + program.completion is the source
+        arguments, expected = problem.cases[0]
+
+A prompt is, as in MultiPL-E, the task in English as a comment and the function's signature; the completion is the rest of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flora.corpus.code.languages import LANGUAGES, Language
+from flora.corpus.code.problems import FAMILIES, Problem, problems
+
+__all__ = ["FAMILIES", "LANGUAGES", "Language", "Problem", "Program", "example_prompts", "problems", "render", "runnable"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function in one language: `prompt` ends with a newline, `completion` ends with the function, without one."""
+
+    prompt: str
+    completion: str
+
+
+def language(tag: str) -> Language:
+    """The language of a tag; raises KeyError with the known ones."""
+    if tag not in LANGUAGES:
+        raise KeyError(f"no language {tag!r}; there are {', '.join(LANGUAGES)}")
+    return LANGUAGES[tag]
+
+
+def render(problem: Problem, tag: str) -> Program:
+    """The problem as a program of the language `tag`."""
+    writer = language(tag)
+    return Program(writer.prompt(problem.function, problem.description), writer.completion(problem.function))
+
+
+def runnable(problem: Problem, tag: str, completion: str) -> str:
+    """A complete source file that exits 0 if and only if the prompt with this completion passes all of `problem.cases`."""
+    writer = language(tag)
+    source = writer.prompt(problem.function, problem.description) + completion
+    return writer.program(source, problem.function, problem.cases)
+
+
+def example_prompts(count: int = 3) -> dict[str, list[str]]:
+    """A few held-out prompts per language, of different families, for an examples menu."""
+    families = ("fold_numbers", "collect_numbers", "label_number", "count_numbers", "change_text", "common_divisor")
+    stream = problems("held-out", seed=2024)
+    chosen: dict[str, list[str]] = {}
+    for i, tag in enumerate(LANGUAGES):
+        chosen[tag] = []
+        for j in range(count):
+            family = families[(i * count + j) % len(families)]
+            problem = next(p for p in stream if p.family == family and len(p.description) < 90)
+            chosen[tag].append(render(problem, tag).prompt)
+    return chosen

@@ -1,0 +1,48 @@
+"""What each method costs, before it runs: multiply-adds and bytes, and which of fLoRA's two exact forms is cheaper.
+
+For rows that share one adapter of rank r, t tokens in all, and a layer of d_in × d_out (PAPER: "Two exact forms of the same forward"):
+
+    expand     r · t · d_in · d_out multiply-adds, one read of the weight
+    modulate   (r + t) · d_in · d_out multiply-adds, and weight ∘ (Bᵀ A) is formed in memory: the product Bᵀ A is written and read,
+               the weight is read, the modulated weight is written and read again by the product: 5 passes over d_in · d_out elements
+
+The common factor d_in · d_out drops out: what decides is rows, rank, and how many multiply-adds the machine does while it moves a byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+MULTIPLY_ADDS_PER_BYTE = {("cpu", 4): 8.0, ("cpu", 2): 40.0, ("cuda", 4): 8.0, ("cuda", 2): 40.0}
+"""Multiply-adds a device does in the time it moves one byte to or from memory, by bytes of a weight: the balance of its roofline.
+cpu: read off `python -m profiling forms` on a server core with AVX-512 (float32) and AMX (bfloat16); cuda: from data sheets (float32
+without TF32; half precision at a tenth of an H100's dense peak, as small products reach), to be replaced by a measurement."""
+
+MODULATE_PASSES = 5
+
+
+def multiply_adds(form: str, tokens: int, rank: int, d_in: int, d_out: int) -> int:
+    """Multiply-adds of one adapter's rows (tokens in all) in one layer, by form; rank 0 is the bare layer."""
+    if rank == 0 or form == "base":
+        return tokens * d_in * d_out
+    if form == "flora-expand":
+        return rank * tokens * d_in * d_out + rank * tokens * (d_in + d_out)
+    if form == "flora-modulate":
+        return (rank + tokens) * d_in * d_out
+    if form in ("bmm-lora", "loop-lora"):
+        return tokens * d_in * d_out + rank * tokens * (d_in + d_out)
+    raise KeyError(form)
+
+
+def cheaper_form(tokens_and_ranks: Iterable[tuple[int, int]], element_size: int, device_type: str) -> str:
+    """ "flora-expand" or "flora-modulate": the form with the lower estimate for one call.
+
+    tokens_and_ranks: for every adapter in the batch, its tokens (rows · length) and its rank (0: identity).
+    element_size: bytes of one weight. device_type: "cpu" or "cuda". Costs are in multiply-adds per element of the weight.
+    """
+    balance = MULTIPLY_ADDS_PER_BYTE["cuda" if device_type == "cuda" else "cpu", 4 if element_size >= 4 else 2]
+    expand = modulate = 0.0
+    for tokens, rank in tokens_and_ranks:
+        expand += max(1, rank) * tokens
+        modulate += tokens if rank == 0 else rank + tokens + MODULATE_PASSES * element_size * balance
+    return "flora-modulate" if modulate < expand else "flora-expand"

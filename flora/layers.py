@@ -1,0 +1,138 @@
+"""AdaptedLinear and `inject`: linear layers are swapped from outside, the model's code is never touched.
+
+An AdaptedLinear knows its base layer and its name. What to do in a forward, it reads from the `Serving` that the runner has put on the
+bank for that forward: the method, and for this layer the factors and the routing. Without one it is its base layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from flora import ops
+from flora.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer does in a forward: its factors and which of them serve which row."""
+
+    A: Tensor  # (slots, r, d_in)
+    B: Tensor  # (slots, r, d_out)
+    routing: ops.Routing
+    merged_weight: Tensor | None = None  # (d_out, d_in), method `merged` only: the whole batch has one adapter
+
+
+class Serving(Protocol):
+    """What the bank hands to every layer during a forward."""
+
+    method: str
+
+    def plan(self, layer: str) -> LayerPlan | None:
+        """The layer's part, or None where no row of the batch has an adapter on that layer."""
+
+
+class ServingHolder:
+    """The one place where all layers of a model look for the forward's `Serving`; None outside of `AdapterBank.serve`."""
+
+    def __init__(self) -> None:
+        self.current: Serving | None = None
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer whose rows may each be served with an adapter of their own.
+
+    base: `nn.Linear`, transformers' `Conv1D`, or a layer with a private weight format (bitsandbytes), used as a black box.
+    x: (n, l, d_in), n the batch's rows, in the batch's order. Returns (n, l, d_out).
+    """
+
+    def __init__(self, base: nn.Module, name: str, holder: ServingHolder) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.holder = holder
+        self.is_black_box = not isinstance(base, Conv1D) and type(base) is not nn.Linear
+        if isinstance(base, Conv1D):
+            self.in_features, self.out_features = base.weight.shape
+        else:
+            self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """(d_out, d_in), whatever the base layer's own layout. AdapterError for a quantised layer, which has no such matrix."""
+        if self.is_black_box:
+            raise AdapterError(
+                f"layer {self.name} is quantised ({type(self.base).__name__}) and has no plain weight: "
+                "use flora, flora-expand, bmm-lora, loop-lora or base, or load the model without quantize"
+            )
+        return self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """x @ weight.T through the base layer itself, without its bias: the way around a quantised layer."""
+        y = self.base(x)
+        return y if self.bias is None else y - self.bias.to(y.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        serving = self.holder.current
+        plan = None if serving is None else serving.plan(self.name)
+        if plan is None:
+            return self.base(x)
+        if plan.merged_weight is not None:
+            return linear(x, plan.merged_weight, self.bias)
+        if x.shape[0] != plan.routing.slots.shape[0]:
+            raise AdapterError(
+                f"layer {self.name} got {x.shape[0]} rows for a batch of {plan.routing.slots.shape[0]}: "
+                "this architecture reshapes its batch before the layer, which per-row adapters cannot follow"
+            )
+        if self.is_black_box:
+            around = ops.around_function_of(serving.method)
+            if around is None:
+                _ = self.weight  # says what the method needs
+            return around(self.product, x, plan.A, plan.B, plan.routing, self.bias)
+        method = ops.function_of(serving.method)
+        return method(x, self.weight, plan.A, plan.B, plan.routing.slots, self.bias, plan.routing)
+
+    def merge(self, family: str, A: Tensor, B: Tensor) -> Tensor:
+        """The weight (d_out, d_in) with one adapter of `family` merged in: A (r, d_in), B (r, d_out). The base weight is left alone."""
+        merge = ops.merge_flora if family == "flora" else ops.merge_lora
+        return merge(self.weight, A, B)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} → {self.out_features}, {self.name}"
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether `inject` swaps this module: plain and bitsandbytes linear layers, and Conv1D."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def inject(model: nn.Module, holder: ServingHolder, skip: tuple[nn.Module, ...] = ()) -> dict[str, AdaptedLinear]:
+    """Swap every linear layer of `model` for an AdaptedLinear, in place; `skip` names the modules to leave (the output head).
+
+    Returns the new layers by their module name in the model, in the model's order. A second call finds nothing left to swap.
+    """
+    layers: dict[str, AdaptedLinear] = {}
+
+    def visit(parent: nn.Module, prefix: str) -> None:
+        for child_name, child in parent.named_children():
+            name = f"{prefix}{child_name}"
+            if isinstance(child, AdaptedLinear) or any(child is module for module in skip):
+                continue
+            if is_adaptable(child):
+                layers[name] = AdaptedLinear(child, name, holder)
+                setattr(parent, child_name, layers[name])
+            else:
+                visit(child, f"{name}.")
+
+    with torch.no_grad():
+        visit(model, "")
+    return layers

@@ -1,0 +1,305 @@
+"""Every method as a pure function with one signature; the plain reference comes first and is the truth the others are tested against.
+
+    x       (n, l, d_in)          n rows (requests) of l tokens
+    weight  (d_out, d_in)         the base layer's matrix, shared by all rows
+    A       (slots, r, d_in)      input side of every adapter on the device
+    B       (slots, r, d_out)     output side, any scale folded in
+    slots   (n,) int64            which adapter serves which row
+    bias    (d_out,) or None      added once, after everything else
+    returns (n, l, d_out)
+
+flora family:  y[i] = Σ_k B[s_i,k] ∘ ((A[s_i,k] ∘ x[i]) @ weight.T) + bias         (Wen & Chaudhuri, ICLR 2024, Eq. 6)
+lora family:   y[i] = x[i] @ weight.T + (x[i] @ A[s_i].T) @ B[s_i] + bias           (Hu et al., ICLR 2022)
+
+The paper calls the input side B and the output side A; this project follows PEFT, as every checkpoint does: A = input side.
+
+Adapters of different rank share one A and one B, padded to the largest. `Routing` carries the true ranks, so that no row pays for
+another row's rank. It depends on the batch alone: build it once a step and hand it to every layer (`routing=`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from flora.cost import cheaper_form
+
+FAMILY: dict[str, str | None] = {
+    "flora": "flora",
+    "flora-expand": "flora",
+    "flora-modulate": "flora",
+    "bmm-lora": "lora",
+    "loop-lora": "lora",
+    "merged": None,
+    "base": None,
+}
+"""Which family of adapters each method serves; `merged` takes the tag's fLoRA adapter, else its LoRA adapter, and `base` takes none."""
+
+METHODS = tuple(FAMILY)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows of a batch that share one adapter."""
+
+    slot: int
+    rank: int  # 0: the identity adapter, the bare layer
+    rows: Tensor  # (n_segment,) int64
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """The rows of a batch whose adapters have one rank."""
+
+    rank: int
+    rows: Tensor | None  # (n_group,) int64; None: every row of the batch
+    slots: Tensor  # (n_group,) int64
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which adapter serves which row, and all that follows from it. Made by `route`."""
+
+    slots: Tensor  # (n,) int64
+    segments: tuple[Segment, ...]
+    rank_groups: tuple[RankGroup, ...]  # adapters of rank 0 left out
+    expanded_row: Tensor  # (m,) int64, the row each expanded row copies; m = Σ max(rank, 1)
+    expanded_component: Tensor  # (m,) int64, slot · r + k of its factors in A and B seen as (slots · r, d)
+
+    @property
+    def uniform_rank(self) -> int | None:
+        """The rank that every row has, or None where ranks differ."""
+        ranks = {segment.rank for segment in self.segments}
+        return ranks.pop() if len(ranks) == 1 else None
+
+
+def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: torch.device | str = "cpu") -> Routing:
+    """Work out a batch's routing on the host.
+
+    slots: each row's slot. ranks: each slot's true rank; 0 marks the identity adapter, whose first component must be ones.
+    rank_stride: the r of A and B (slots, r, d) as stored.
+    """
+    slots = list(slots)
+    by_slot: dict[int, list[int]] = {}
+    by_rank: dict[int, list[int]] = {}
+    for row, slot in enumerate(slots):
+        by_slot.setdefault(slot, []).append(row)
+        by_rank.setdefault(ranks[slot], []).append(row)
+    tensor = partial(torch.tensor, dtype=torch.int64, device=device)
+    expanded = [(row, slot * rank_stride + k) for row, slot in enumerate(slots) for k in range(max(1, ranks[slot]))]
+    return Routing(
+        slots=tensor(slots),
+        segments=tuple(Segment(slot, ranks[slot], tensor(rows)) for slot, rows in by_slot.items()),
+        rank_groups=tuple(
+            RankGroup(rank, None if len(rows) == len(slots) else tensor(rows), tensor([slots[row] for row in rows]))
+            for rank, rows in sorted(by_rank.items())
+            if rank > 0
+        ),
+        expanded_row=tensor([row for row, _ in expanded]),
+        expanded_component=tensor([component for _, component in expanded]),
+    )
+
+
+def _route_at_full_rank(A: Tensor, slots: Tensor, routing: Routing | None) -> Routing:
+    if routing is not None:
+        return routing
+    num_slots, r, _ = A.shape
+    return route(slots.tolist(), [r] * num_slots, r, A.device)
+
+
+# ---------------------------------------------------------------------------------------------------------- reference
+
+
+def flora_reference(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, slots: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Eq. 6 read aloud, one example and one component at a time. For tests; pass float64."""
+    y = x.new_zeros(*x.shape[:-1], weight.shape[0])
+    for i, slot in enumerate(slots.tolist()):
+        for k in range(A.shape[1]):
+            y[i] += B[slot, k] * ((A[slot, k] * x[i]) @ weight.T)
+    return y if bias is None else y + bias
+
+
+def lora_reference(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, slots: Tensor, bias: Tensor | None = None) -> Tensor:
+    """LoRA one example at a time. For tests; pass float64."""
+    y = x @ weight.T
+    for i, slot in enumerate(slots.tolist()):
+        y[i] += (x[i] @ A[slot].T) @ B[slot]
+    return y if bias is None else y + bias
+
+
+# --------------------------------------------------------------------------------------------------------------- flora
+
+
+def expand_around(
+    product: Callable[[Tensor], Tensor], x: Tensor, A: Tensor, B: Tensor, routing: Routing, bias: Tensor | None = None
+) -> Tensor:
+    """The expanded form around any layer: `product(x) = x @ weight.T`, for example a quantised layer, is called once.
+
+    Every row is copied max(rank, 1) times: (n, l, d_in) → (m, l, d_in) → product → (m, l, d_out) → (n, l, d_out).
+    """
+    n, l, _ = x.shape
+    rank = routing.uniform_rank
+    if rank == 0:
+        y = product(x)
+    elif rank == 1:
+        y = product(x * A[routing.slots, 0].unsqueeze(1)) * B[routing.slots, 0].unsqueeze(1)
+    elif rank is not None:
+        a = A[routing.slots, :rank].unsqueeze(2)  # (n, rank, 1, d_in)
+        b = B[routing.slots, :rank].unsqueeze(2)  # (n, rank, 1, d_out)
+        y = product((x.unsqueeze(1) * a).flatten(0, 1))  # (n · rank, l, d_out)
+        y = (y.unflatten(0, (n, rank)) * b).sum(1)
+    else:
+        a = A.flatten(0, 1)[routing.expanded_component].unsqueeze(1)  # (m, 1, d_in)
+        b = B.flatten(0, 1)[routing.expanded_component].unsqueeze(1)  # (m, 1, d_out)
+        expanded = product(x[routing.expanded_row] * a) * b  # (m, l, d_out)
+        y = expanded.new_zeros(n, l, expanded.shape[-1]).index_add(0, routing.expanded_row, expanded)
+    return y if bias is None else y + bias
+
+
+def flora_expand(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, slots: Tensor, bias: Tensor | None = None, routing: Routing | None = None
+) -> Tensor:
+    """fLoRA as the paper computes it (Eq. 6): Σ rank rows through one shared product. Multiply-adds ≈ r · n · l · d_in · d_out."""
+    return expand_around(partial(linear, weight=weight), x, A, B, _route_at_full_rank(A, slots, routing), bias)
+
+
+def flora_modulate(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, slots: Tensor, bias: Tensor | None = None, routing: Routing | None = None
+) -> Tensor:
+    """fLoRA with each adapter's weight ∘ (Bᵀ A) formed once for all its rows. Multiply-adds ≈ (r + n · l) · d_in · d_out per adapter."""
+    routing = _route_at_full_rank(A, slots, routing)
+
+    def serve(segment: Segment, rows: Tensor) -> Tensor:
+        return linear(rows, _modulated(weight, A, B, segment), bias)
+
+    return _by_segment(x, weight.shape[0], routing, serve)
+
+
+def flora(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, slots: Tensor, bias: Tensor | None = None, routing: Routing | None = None
+) -> Tensor:
+    """fLoRA in the form that `flora.cost` expects to be cheaper for this batch: `flora_expand` or `flora_modulate`. Both are exact."""
+    routing = _route_at_full_rank(A, slots, routing)
+    tokens_and_ranks = [(segment.rows.shape[0] * x.shape[1], segment.rank) for segment in routing.segments]
+    form = cheaper_form(tokens_and_ranks, weight.element_size(), x.device.type)
+    chosen = flora_modulate if form == "flora-modulate" else flora_expand
+    return chosen(x, weight, A, B, slots, bias, routing)
+
+
+def merge_flora(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """weight ∘ (Bᵀ A) of one adapter: weight (d_out, d_in), A (r, d_in), B (r, d_out)."""
+    return weight * (B.T @ A)
+
+
+def _modulated(weight: Tensor, A: Tensor, B: Tensor, segment: Segment) -> Tensor:
+    if segment.rank == 0:
+        return weight
+    return merge_flora(weight, A[segment.slot, : segment.rank], B[segment.slot, : segment.rank])
+
+
+# ---------------------------------------------------------------------------------------------------------------- lora
+
+
+def bmm_lora_around(
+    product: Callable[[Tensor], Tensor], x: Tensor, A: Tensor, B: Tensor, routing: Routing, bias: Tensor | None = None
+) -> Tensor:
+    """`bmm_lora` around any layer: `product(x) = x @ weight.T`."""
+    y = product(x)
+    if bias is not None:
+        y = y + bias
+    return _add_bmm(x, y, A, B, routing)
+
+
+def bmm_lora(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, slots: Tensor, bias: Tensor | None = None, routing: Routing | None = None
+) -> Tensor:
+    """The paper's baseline: gather every row's factors, two batched products (torch.bmm), added to the layer's output.
+
+    Rows of equal rank share one pair of products, so that a low rank is never padded to a high one.
+    """
+    return _add_bmm(x, linear(x, weight, bias), A, B, _route_at_full_rank(A, slots, routing))
+
+
+def _add_bmm(x: Tensor, y: Tensor, A: Tensor, B: Tensor, routing: Routing) -> Tensor:
+    for group in routing.rank_groups:
+        rows = x if group.rows is None else x[group.rows]
+        a = A[group.slots, : group.rank]  # (n_group, rank, d_in)
+        b = B[group.slots, : group.rank]  # (n_group, rank, d_out)
+        if group.rows is None:
+            return torch.baddbmm(y, torch.bmm(rows, a.transpose(1, 2)), b)
+        y = y.index_add(0, group.rows, torch.bmm(torch.bmm(rows, a.transpose(1, 2)), b))
+    return y
+
+
+def loop_lora_around(
+    product: Callable[[Tensor], Tensor], x: Tensor, A: Tensor, B: Tensor, routing: Routing, bias: Tensor | None = None
+) -> Tensor:
+    """`loop_lora` around any layer: `product(x) = x @ weight.T`."""
+    y = product(x)
+    if bias is not None:
+        y = y + bias
+    return _add_by_loop(x, y, A, B, routing)
+
+
+def loop_lora(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, slots: Tensor, bias: Tensor | None = None, routing: Routing | None = None
+) -> Tensor:
+    """Adapter by adapter, as PEFT serves a mixed batch: one gather, two products and one scatter per adapter."""
+    return _add_by_loop(x, linear(x, weight, bias), A, B, _route_at_full_rank(A, slots, routing))
+
+
+def _add_by_loop(x: Tensor, y: Tensor, A: Tensor, B: Tensor, routing: Routing) -> Tensor:
+    for segment in routing.segments:
+        if segment.rank > 0:
+            a, b = A[segment.slot, : segment.rank], B[segment.slot, : segment.rank]
+            y = y.index_add(0, segment.rows, (x[segment.rows] @ a.T) @ b)
+    return y
+
+
+def merge_lora(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """weight + Bᵀ A of one adapter: weight (d_out, d_in), A (r, d_in), B (r, d_out), scale already folded into B."""
+    return weight + B.T @ A
+
+
+# -------------------------------------------------------------------------------------------------------------- shared
+
+
+def _by_segment(x: Tensor, d_out: int, routing: Routing, serve: Callable[[Segment, Tensor], Tensor]) -> Tensor:
+    """Serve each segment's rows apart and put the results back in the batch's order."""
+    if len(routing.segments) == 1:
+        return serve(routing.segments[0], x)
+    y = x.new_zeros(*x.shape[:-1], d_out)
+    for segment in routing.segments:
+        y = y.index_copy(0, segment.rows, serve(segment, x[segment.rows]))
+    return y
+
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "flora": flora,
+    "flora-expand": flora_expand,
+    "flora-modulate": flora_modulate,
+    "bmm-lora": bmm_lora,
+    "loop-lora": loop_lora,
+}
+
+_AROUND: dict[str, Callable[..., Tensor]] = {
+    "flora": expand_around,
+    "flora-expand": expand_around,
+    "bmm-lora": bmm_lora_around,
+    "loop-lora": loop_lora_around,
+}
+
+
+def function_of(method: str) -> Callable[..., Tensor]:
+    """The function of a batched method, by its name."""
+    return _FUNCTIONS[method]
+
+
+def around_function_of(method: str) -> Callable[..., Tensor] | None:
+    """The form of a method that needs no weight, only the layer's product, or None where there is none (`flora-modulate`)."""
+    return _AROUND.get(method)

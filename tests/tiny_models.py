@@ -1,0 +1,134 @@
+"""Small models and adapters with random weights, saved as real checkpoints, so that tests load what users load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizerFast,
+)
+from transformers.pytorch_utils import Conv1D
+
+from flora.formats import write_flora
+
+CODE_LAYERS = ("c_attn", "c_proj", "c_fc")
+SPEECH_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+def byte_vocabulary(specials: tuple[str, ...]) -> dict[str, int]:
+    """Special tokens first, then one token per byte."""
+    symbols = list(specials) + sorted(pre_tokenizers.ByteLevel.alphabet())
+    return {symbol: index for index, symbol in enumerate(symbols)}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(vocab=byte_vocabulary(("<|endoftext|>",)), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
+
+
+def save_code_model(folder: Path, seed: int = 0) -> Path:
+    """A GPTBigCode of two layers with multi-query attention, biases that are not zero, and weights large enough to disagree."""
+    torch.manual_seed(seed)
+    config = GPTBigCodeConfig(
+        vocab_size=257, n_positions=96, n_embd=48, n_layer=2, n_head=4, n_inner=80, multi_query=True,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    return _save(GPTBigCodeForCausalLM(config), byte_tokenizer(), folder)
+
+
+def save_llama_model(folder: Path, seed: int = 0) -> Path:
+    """A Llama of two layers with grouped-query attention."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=257, max_position_embeddings=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    return _save(LlamaForCausalLM(config), byte_tokenizer(), folder)
+
+
+def save_speech_model(folder: Path, seed: int = 0) -> Path:
+    """A Whisper of two and two layers with a window of one second."""
+    torch.manual_seed(seed)
+    specials = ("<|endoftext|>", "<|startoftranscript|>")
+    tokenizer = WhisperTokenizerFast(vocab=byte_vocabulary(specials), merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": [specials[1]]})
+    extractor = WhisperFeatureExtractor(feature_size=20, chunk_length=1)
+    config = WhisperConfig(
+        vocab_size=max(len(tokenizer), 258), num_mel_bins=20, d_model=48, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=80, decoder_ffn_dim=80,
+        max_source_positions=50, max_target_positions=40, decoder_start_token_id=1, bos_token_id=0, eos_token_id=0,
+        pad_token_id=0, dropout=0.0, init_std=0.2, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    return _save(WhisperForConditionalGeneration(config), WhisperProcessor(extractor, tokenizer), folder)
+
+
+def _save(model, processor, folder: Path) -> Path:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.1, generator=generator)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def target_layers(model: torch.nn.Module, names: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """Every linear layer whose name ends in one of `names`, with (d_in, d_out)."""
+    found = {}
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in names:
+            if isinstance(module, Conv1D):
+                found[name] = tuple(module.weight.shape)
+            elif isinstance(module, torch.nn.Linear):
+                found[name] = (module.in_features, module.out_features)
+    return found
+
+
+def save_flora_adapter(
+    folder: Path, model: torch.nn.Module, names: tuple[str, ...], rank: int, seed: int, combine: str = "sum"
+) -> Path:
+    """A random fLoRA checkpoint, far enough from the identity to change the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name, (d_in, d_out) in target_layers(model, names).items():
+        A = torch.randn(rank, d_in, generator=generator) * 0.3
+        B = torch.randn(rank, d_out, generator=generator) * 0.3
+        A[0] += 1.0
+        B[0] += 1.0
+        factors[name] = (A, B)
+    write_flora(folder, factors, {"r": rank, "combine": combine, "target_modules": list(names)})
+    return folder
+
+
+def save_peft_lora(folder: Path, model_folder: Path, names: tuple[str, ...], rank: int, seed: int, **options) -> Path:
+    """A LoRA checkpoint made and saved by PEFT itself, with random weights on both sides."""
+    torch.manual_seed(seed)
+    is_whisper = json.loads((model_folder / "config.json").read_text())["model_type"] == "whisper"
+    auto = WhisperForConditionalGeneration if is_whisper else AutoModelForCausalLM
+    model = auto.from_pretrained(model_folder)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(names), init_lora_weights=False, **options)
+    peft_model = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.3)
+    peft_model.save_pretrained(folder)
+    return folder
