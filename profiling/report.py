@@ -1,0 +1,315 @@
+"""A comparison on paper: plain text for a terminal, JSONL, CSV, Markdown, and one HTML page that needs nothing from
+anywhere else.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from plotly.offline import get_plotlyjs
+
+from flora.errors import RequestError
+from profiling import figures, hardware
+from profiling.compare import ComparisonResult, MethodFigures
+from profiling.timing import Ratio
+
+NOTE = (
+    "Seconds are the method's own engine time, the device synchronised on both sides: prefill and decode, without "
+    "preparing the batch. A ratio is the median over paired decode steps with its 95 % bootstrap interval; above 1 means "
+    "slower than what it is compared with."
+)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def figures_table(result: ComparisonResult) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells, a line per kind and method, as text with units in the heads. The same table in every format."""
+    first = next(iter(result.methods), None)
+    heads = [
+        "kind",
+        "method",
+        "rank",
+        "tokens/s",
+        "decode tokens/s",
+        "TTFT ms",
+        "TPOT ms",
+        "step ms p50",
+        "step ms p90",
+    ]
+    heads += [f"step / {figures.METHOD_STYLES[first].label}"] if first and len(result.methods) > 1 else []
+    heads += ["step / base model"] if "base" in result.methods else []
+    heads += ["agree with reference", "max |Δ logit|"]
+    kinds = list(next(iter(result.methods.values())).by_kind) if result.methods else []
+    lines = []
+    for kind in kinds if len(kinds) == 1 else [*kinds, "all"]:
+        for method, over_all in result.methods.items():
+            part = over_all if kind == "all" else over_all.by_kind[kind]
+            line = [kind, figures.METHOD_STYLES[method].label, _ranks(part)]
+            line += [
+                _number(part.tokens_per_s, 0),
+                _number(part.decode_tokens_per_s, 0),
+                _milliseconds(part.ttft_s),
+                _milliseconds(part.tpot_s),
+            ]
+            line += [_milliseconds(part.step_quantiles.get("p50")), _milliseconds(part.step_quantiles.get("p90"))]
+            line += [_ratio(part.ratio_to_first, method == first)] if len(result.methods) > 1 else []
+            line += [_ratio(part.ratio_to_base, method == "base")] if "base" in result.methods else []
+            line += list(_agreement(part))
+            lines.append(line)
+    return heads, lines
+
+
+def conditions(result: ComparisonResult) -> str:
+    """n, warm-up and the rest of what a reader must know beside the numbers, in one line."""
+    parts = [f"n = {result.num_steps} paired decode steps", f"{result.warmup_steps} warm-up steps"]
+    parts += [_times(result.repeats), f"batch of {result.batch} ({result.popularity} adapters)"]
+    parts += [f"seed {result.seed}", f"peak memory {result.peak_memory_bytes / 1e6:.0f} MB ({result.peak_memory_of})"]
+    return ", ".join(parts + ["stopped early"] * result.stopped)
+
+
+def headline(result: ComparisonResult) -> str:
+    """The finding in one sentence."""
+    if result.ratio is None:
+        return "Nothing to compare: no two methods were measured on a decode step."
+    first, second = (figures.METHOD_STYLES[method].label for method in list(result.methods)[:2])
+    ratio = result.ratio
+    if ratio.low <= 1.0 <= ratio.high:
+        return f"No difference shown: {second}'s decode step takes {ratio} times {first}'s (n = {ratio.n})."
+    faster = first if ratio.median > 1 else second
+    return f"{faster} is faster: {second}'s decode step takes {ratio} times {first}'s (n = {ratio.n})."
+
+
+def _times(repeats: int) -> str:
+    return "1 repeat" if repeats == 1 else f"{repeats} repeats"
+
+
+def _ranks(part: MethodFigures) -> str:
+    ranks = sorted(set(part.ranks))
+    return ", ".join(map(str, ranks)) if len(ranks) <= 4 else f"{ranks[0]}–{ranks[-1]}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:.2f}"
+
+
+def _ratio(ratio: Ratio | None, is_reference: bool) -> str:
+    return "1" if is_reference else "–" if ratio is None else str(ratio)
+
+
+def _agreement(part: MethodFigures) -> tuple[str, str]:
+    if part.agreement is None:
+        return "not checked", "–"
+    difference = part.agreement.max_logit_difference
+    return (
+        f"{part.agreement.agreeing} / {part.agreement.tokens} tokens",
+        "–" if difference is None else f"{difference:.1e}",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+def text(result: ComparisonResult) -> str:
+    """For a terminal: an aligned table, the finding, the conditions, the command."""
+    heads, lines = figures_table(result)
+    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+    rows = [
+        "  ".join(_aligned(cell, width, i) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        for line in (heads, *lines)
+    ]
+    return "\n".join(
+        [
+            *(row.rstrip() for row in rows),
+            "",
+            headline(result),
+            conditions(result),
+            "",
+            NOTE,
+            "",
+            "Reproduce:",
+            result.command,
+        ]
+    )
+
+
+def _aligned(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column < 2 else cell.rjust(width)
+
+
+def jsonl(result: ComparisonResult) -> str:
+    """A JSON document per method and kind."""
+    return result.to_jsonl()
+
+
+def csv(result: ComparisonResult) -> str:
+    """`ComparisonResult.to_frame()`; a cell that a spreadsheet would take for a formula starts with an apostrophe."""
+    frame = result.to_frame()
+    for name in frame.columns:
+        frame[name] = [_no_formula(value) for value in frame[name]]
+    return frame.to_csv(index=False)
+
+
+def _no_formula(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+def markdown(result: ComparisonResult) -> str:
+    """For a notebook or an issue: finding, table, texts, environment, command."""
+    heads, lines = figures_table(result)
+    parts = [
+        "# Comparison",
+        "",
+        headline(result),
+        "",
+        conditions(result) + ".",
+        "",
+        *_markdown_table(heads, lines),
+        "",
+        NOTE,
+        "",
+    ]
+    parts += ["## What was written", "", *_markdown_table(*_texts_table(result)), ""]
+    parts += [f"- request {index + 1} was left out: {_markdown_cell(message)}" for index, message in result.failures.items()]
+    parts += ["## Measured on", "", *_markdown_table(["fact", "value"], _environment_lines(result)), ""]
+    parts += ["## Reproduce", "", *(f"    {line}" for line in result.command.splitlines()), ""]
+    return "\n".join(parts)
+
+
+def _markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return ["| " + " | ".join(cell if cell == "---" else _markdown_cell(cell) for cell in row) + " |" for row in rows]
+
+
+def _markdown_cell(cell: str) -> str:
+    escaped = html.escape(cell, quote=False).replace("\\", "\\\\")
+    for sign in "|`*_[]~$!":
+        escaped = escaped.replace(sign, f"\\{sign}")
+    return "<br>".join(escaped.splitlines())
+
+
+def _texts_table(result: ComparisonResult) -> tuple[list[str], list[list[str]]]:
+    heads = ["request", "adapter", "method", "text", "tokens", "TTFT ms", "TPOT ms"]
+    lines = [
+        [
+            f"{row['index'] + 1} ({row['kind']})",
+            row["adapter"] or "none",
+            figures.METHOD_STYLES[row["method"]].label,
+            row["text"],
+            str(row["num_new_tokens"]),
+            _milliseconds(row["ttft_s"]),
+            _milliseconds(row["tpot_s"]),
+        ]
+        for row in result.rows
+    ]
+    return heads, lines
+
+
+def _environment_lines(result: ComparisonResult) -> list[list[str]]:
+    lines = [[name, str(value)] for name, value in result.environment.items() if name != "models"]
+    for kind, model in result.environment["models"].items():
+        lines.append([f"{kind} model", ", ".join(f"{name} {value}" for name, value in model.items())])
+    return lines
+
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1b1f24; --soft: #57606a; --line: #d5d9de; --page: #ffffff; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e8ea; --soft: #9aa4ae; --line: #353b42; --page: #14171a; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1100px; margin:
+2rem auto; padding: 0 1rem; } h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
+th, td { text-align: left; vertical-align: top; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line);
+} th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+td.written { white-space: pre-wrap; font-family: ui-monospace, monospace; min-width: 20rem; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); padding: 0.6rem; }
+.soft { color: var(--soft); }
+.js-plotly-plot svg text { fill: var(--text) !important; }
+"""
+
+
+def html_page(result: ComparisonResult) -> str:
+    """One file with tables, charts and plotly.js inside; nothing is fetched. All text is escaped."""
+    methods = list(result.methods)
+    num_steps = max((step.step for step in result.steps), default=0) + 1
+    charts = [
+        ("Tokens per second", figures.live_tokens_per_s(result.steps, methods, num_steps)),
+        ("Step times", figures.step_times(result.steps, methods, num_steps)),
+    ]
+    drawn, calls = [], []
+    for number, (title, chart) in enumerate(charts):
+        sentence = html.escape(chart.description)
+        drawn.append(
+            f'<h2>{title}</h2><p class="soft">{sentence}</p><div id="chart-{number}" role="img" aria-label="{sentence}"></div>'
+        )
+        figure = _script_json({**chart.figure, "config": {"responsive": True, "displaylogo": False}})
+        calls.append(f'Plotly.newPlot("chart-{number}", {figure});')
+    failed = "".join(
+        f"<p>Request {index + 1} was left out: {html.escape(message)}</p>" for index, message in result.failures.items()
+    )
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>fLoRA Live: a comparison</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>",
+        f"<h1>A comparison, recorded</h1><p>{html.escape(headline(result))}</p>",
+        f'<p class="soft">{html.escape(conditions(result))}.</p>{failed}',
+        f'{_html_table(*figures_table(result))}<p class="soft">{html.escape(NOTE)}</p>',
+        *drawn,
+        f"<h2>What was written</h2>{_html_table(*_texts_table(result), written='text')}",
+        f"<h2>Measured on</h2>{_html_table(['fact', 'value'], _environment_lines(result))}",
+        f"<h2>Reproduce</h2><pre>{html.escape(result.command)}</pre>",
+        f"<script>{''.join(calls)}</script></body></html>",
+    ]
+    return "\n".join(parts)
+
+
+def _html_table(heads: Sequence[str], lines: Sequence[Sequence[str]], written: str | None = None) -> str:
+    """written: the column that holds generated text, whose line breaks and spaces are kept."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
+    body = ""
+    for line in lines:
+        cells = (
+            f'<td class="written">{html.escape(cell)}</td>' if name == written else f"<td>{html.escape(cell)}</td>"
+            for name, cell in zip(heads, line, strict=True)
+        )
+        body += f"<tr>{''.join(cells)}</tr>"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _script_json(value: object) -> str:
+    """JSON that may stand inside a <script> element."""
+    return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+_FORMATS: dict[str, Callable[[ComparisonResult], str]] = {
+    ".html": html_page,
+    ".md": markdown,
+    ".csv": csv,
+    ".jsonl": jsonl,
+}
+
+
+def check_suffix(path: str | os.PathLike) -> None:
+    """Raise RequestError where `path` does not end in a format that `render` knows."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in _FORMATS:
+        raise RequestError(f"a report cannot be written as {suffix or 'a file without a suffix'}: choose {', '.join(_FORMATS)}")
+
+
+def render(result: ComparisonResult, path: str | os.PathLike) -> str:
+    """The report in the format that the suffix of `path` asks for."""
+    check_suffix(path)
+    return _FORMATS[Path(path).suffix.lower()](result)
+
+
+def environment_line(result: ComparisonResult) -> str:
+    """What it was measured on, in one line."""
+    return hardware.summary(result.environment)

@@ -1,0 +1,304 @@
+"""What is measured: the ready batch, batches from a file, clips from any file that holds sound, and the adapters on
+disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+
+from flora.errors import AudioError, RequestError
+from profiling.hardware import public_name
+
+if TYPE_CHECKING:
+    from flora.engine import Engine, Request
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+SAMPLING_RATE = 16_000  # Hz, what Whisper listens to
+MAX_NEW_TOKENS = 48
+LONGEST_CLIP_S = 600.0  # what load_audio reads at most when no window is given
+SILENCE = 1e-4  # peak of full scale 1, that is -80 dB
+FFMPEG_TIMEOUT_S = 20
+# Containers that hold their sound themselves. A playlist (HLS, concat) is not among them: it could name other files of
+# this machine.
+FFMPEG_FORMATS = "mov,matroska,mp3,aac,ogg,wav,flac,amr,asf,avi,aiff,caf,au,ac3,w64,mpegts,mpeg,flv"
+
+SOURCES = {"code": "prompt", "speech": "audio"}  # kind → the field of a row that makes a request of that kind
+_ROW_FIELDS = {"prompt": str, "audio": str, "adapter": str, "max_new_tokens": int, "temperature": (int, float)}
+
+
+# --------------------------------------------------------------------------------------------------------------- clips
+
+
+def load_audio(path: str | os.PathLike, window_s: float | None = None) -> tuple[np.ndarray, int]:
+    """Read a clip as mono float32 samples (n,) at 16 kHz, and return them with that rate.
+
+    Any file that libsndfile reads (WAV, FLAC, Ogg, MP3, …), else what ffmpeg reads (M4A, WebM, …). Channels are
+    averaged; a peak above full scale is brought down to it. window_s: the longest clip allowed, in seconds.
+
+    Raises AudioError, naming the file by its base name: not audio, corrupt, empty, silent, samples that are no numbers,
+    too long.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AudioError(f"there is no clip {path.name!r}: give the name of a sound file that exists")
+    if path.stat().st_size == 0:
+        raise AudioError(f"the clip {path.name!r} is an empty file: record or upload it again")
+    longest_s = LONGEST_CLIP_S if window_s is None else window_s
+    try:
+        clip = soundfile.SoundFile(path)
+    except soundfile.LibsndfileError:
+        samples, sampling_rate = _read_with_ffmpeg(path, longest_s), SAMPLING_RATE  # (n,)
+    else:
+        sampling_rate = clip.samplerate
+        with clip:
+            _refuse_too_long(path, clip.frames / sampling_rate, longest_s)
+            try:
+                samples = clip.read(dtype="float32", always_2d=True).mean(axis=1)  # (n,)
+            except soundfile.LibsndfileError as error:
+                raise AudioError(f"the clip {path.name!r} is corrupt: record or export it again") from error
+    if not len(samples):
+        raise AudioError(f"the clip {path.name!r} holds no sound at all: record or export it again")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"the clip {path.name!r} has samples that are not finite numbers: export it again")
+    if np.abs(samples - samples.mean()).max() < SILENCE:
+        raise AudioError(f"the clip {path.name!r} is silent: check the microphone or choose another clip")
+    if sampling_rate != SAMPLING_RATE:
+        samples = soxr.resample(samples, sampling_rate, SAMPLING_RATE)
+    _refuse_too_long(path, len(samples) / SAMPLING_RATE, longest_s)
+    samples = samples / max(1.0, float(np.abs(samples).max()))
+    return np.ascontiguousarray(samples, dtype=np.float32), SAMPLING_RATE
+
+
+def _refuse_too_long(path: Path, seconds: float, longest_s: float) -> None:
+    if seconds > longest_s:
+        raise AudioError(f"the clip {path.name!r} lasts {seconds:.1f} s, longer than the {longest_s:g} s allowed: cut it shorter")
+
+
+def _read_with_ffmpeg(path: Path, longest_s: float) -> np.ndarray:
+    """Mono float32 samples (n,) at 16 kHz of a file that libsndfile does not know; a little more than the window, to
+    see that it is too long.
+    """
+    command = [
+        "ffmpeg",
+        "-nostdin",
+        "-v",
+        "error",
+        "-xerror",
+        "-protocol_whitelist",
+        "file",
+        "-format_whitelist",
+        FFMPEG_FORMATS,
+    ]
+    command += ["-i", f"file:{path.resolve()}", "-map", "a:0", "-vn", "-sn", "-dn", "-t", f"{longest_s + 1:.3f}"]
+    command += ["-ac", "1", "-ar", str(SAMPLING_RATE), "-f", "f32le", "pipe:1"]
+    try:
+        run = subprocess.run(command, capture_output=True, timeout=FFMPEG_TIMEOUT_S, check=False)
+    except FileNotFoundError as error:
+        raise AudioError(f"the clip {path.name!r} cannot be read here without ffmpeg: save it as WAV, FLAC or MP3") from error
+    except subprocess.TimeoutExpired as error:
+        raise AudioError(f"the clip {path.name!r} takes too long to decode: save it as WAV, FLAC or MP3") from error
+    if run.returncode:
+        raise AudioError(f"the file {path.name!r} is not audio, or is corrupt: choose a sound file such as WAV, FLAC, MP3 or M4A")
+    samples = np.frombuffer(run.stdout, dtype="<f4")  # (n,)
+    if len(samples) > (longest_s + 0.5) * SAMPLING_RATE:
+        raise AudioError(f"the clip {path.name!r} is longer than the {longest_s:g} s allowed: cut it shorter")
+    return samples
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def discover_adapters(folder: str | os.PathLike) -> dict[str, list[Path]]:
+    """The adapters on disk, tag → checkpoint folders: `folder`/<tag>/<family>/, or `folder`/<tag>/ where that is a
+    checkpoint itself.
+
+    A checkpoint folder is one that holds an adapter_config.json. Empty where `folder` does not exist.
+    """
+    folder = Path(folder)
+    found: dict[str, list[Path]] = {}
+    for tag in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ():
+        candidates = [tag, *sorted(path for path in tag.iterdir() if path.is_dir())]
+        checkpoints = [path for path in candidates if (path / "adapter_config.json").is_file()]
+        if checkpoints:
+            found[tag.name] = checkpoints
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def kind_of(request: Request) -> str:
+    """ "code" for a prompt, "speech" for a clip: the kind of model that serves the request."""
+    return "code" if request.prompt is not None else "speech"
+
+
+def popularity(adapters: Sequence[str | None]) -> str:
+    """The batch's adapters in Punica's words: all one ("identical"), no two alike ("distinct"), else "as given"."""
+    if len(set(adapters)) == len(adapters):
+        return "distinct"
+    return "identical" if len(set(adapters)) == 1 else "as given"
+
+
+def example_clips() -> list[dict[str, str]]:
+    """The clips that ship, as assets/clips/clips.json lists them: {file, tag, text, …}."""
+    return json.loads((ASSETS / "clips" / "clips.json").read_text(encoding="utf-8"))
+
+
+def ready_rows(adapters: Mapping[str, Collection[str]], rows_per_kind: int = 4, max_new_tokens: int = MAX_NEW_TOKENS) -> list[dict]:
+    """The batch the demo opens with: a code prompt and a clip for each of the first four languages that have an
+    adapter.
+
+    adapters: kind → the tags that an adapter exists for (an engine's `adapters` will do). A kind with fewer than four
+    is filled up with requests to the base model in the remaining languages, and a kind that is missing gets no rows.
+    """
+    from flora.corpus.code import example_prompts
+
+    prompts = {tag: examples[0] for tag, examples in example_prompts().items() if examples}
+    clips: dict[str, str] = {}
+    for clip in example_clips():
+        clips.setdefault(clip["tag"], f"assets/clips/{clip['file']}")
+    rows = []
+    for kind, field, examples in (("code", "prompt", prompts), ("speech", "audio", clips)):
+        tags = sorted(examples, key=lambda tag, kind=kind: tag not in adapters.get(kind, ()))  # stable: the languages' own order
+        for tag in tags[:rows_per_kind] if kind in adapters else ():
+            adapter = tag if tag in adapters[kind] else None
+            rows.append({field: examples[tag], "adapter": adapter, "max_new_tokens": max_new_tokens})
+    return rows
+
+
+def request_from_row(row: Mapping[str, Any], folder: str | os.PathLike = ".", max_new_tokens: int = MAX_NEW_TOKENS) -> Request:
+    """Make a request of a row {"prompt" or "audio", "adapter", "max_new_tokens", "temperature"}.
+
+    "audio" is a file's path, seen from `folder`, from the current folder, or from the project's. How long a clip may be
+    is the engine's to say. max_new_tokens: for a row that does not say.
+    Raises RequestError for a row that makes no sense, AudioError for a clip that cannot be read.
+    """
+    from flora.engine import Request
+
+    if not isinstance(row, Mapping):
+        raise RequestError(f'a row of a batch is an object such as {{"prompt": "…", "adapter": "lua"}}, not {json.dumps(row)[:40]}')
+    for field, value in row.items():
+        if field not in _ROW_FIELDS:
+            raise RequestError(f"a row of a batch has no field {field!r}: it may have {', '.join(_ROW_FIELDS)}")
+        if value is not None and (not isinstance(value, _ROW_FIELDS[field]) or isinstance(value, bool)):
+            raise RequestError(f"the field {field!r} of a row cannot be {json.dumps(value)[:40]}")
+    if (row.get("prompt") is None) == (row.get("audio") is None):
+        raise RequestError("a row of a batch needs either a prompt or an audio file")
+    given = {field: row[field] for field in ("prompt", "adapter", "temperature") if row.get(field) is not None}
+    if row.get("audio") is not None:
+        candidates = [Path(folder) / row["audio"], Path(row["audio"]), ASSETS.parent / row["audio"]]
+        path = next((path for path in candidates if path.is_file()), candidates[0])
+        given["audio"], given["sampling_rate"] = load_audio(path)
+    wanted = row.get("max_new_tokens")
+    return Request(**given, max_new_tokens=max_new_tokens if wanted is None else wanted)
+
+
+def read_rows(path: str | os.PathLike) -> list[dict]:
+    """The rows of a batch file: a JSON array of objects, or one object a line (JSONL). Raises RequestError that names
+    the file and the line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"the batch file {path.name!r} cannot be read: give a JSON or JSONL text file") from error
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RequestError(f"the batch file {path.name!r} is not JSON: {error.msg} in line {error.lineno}") from error
+    else:
+        rows = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise RequestError(f"the batch file {path.name!r} is not JSON in line {number}: {error.msg}") from error
+    if not rows:
+        raise RequestError(f"the batch file {path.name!r} holds no rows: add a prompt or an audio file")
+    return rows
+
+
+def rows_of(requests: Sequence[Request], audio_names: Mapping[int, str]) -> list[dict]:
+    """The rows that `request_from_row` would make `requests` of; audio_names: index → the clip's file."""
+    rows = []
+    for index, request in enumerate(requests):
+        row = {"prompt": request.prompt} if request.audio is None else {"audio": audio_names.get(index, "clip.wav")}
+        row |= {"adapter": request.adapter, "max_new_tokens": request.max_new_tokens}
+        rows.append(row | ({"temperature": request.temperature} if request.temperature else {}))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def command_line(
+    engines: Mapping[str, Engine],
+    requests: Sequence[Request],
+    methods: Sequence[str],
+    warmup_steps: int,
+    repeats: int,
+    seed: int,
+    audio_names: Mapping[int, str],
+) -> str:
+    """The `python -m profiling compare …` that makes the same comparison again, quoted for a shell; what the command
+    assumes anyway is left out.
+
+    Clips, adapters and models of the visitor's own appear by name only, so those have to lie in the folder where the
+    command is run.
+    """
+    rows = rows_of(requests, audio_names)
+    kinds = [kind for kind, source in SOURCES.items() if kind in engines and any(source in row for row in rows)]
+    words = ["python", "-m", "profiling", "compare", "--methods", *methods]
+    for kind in kinds:
+        engine = engines[kind]
+        if engine.name != kind:  # the embedded models' folders are named after their kind
+            words += [f"--{kind}-model", public_name(engine.name)]
+        given = _adapters_given(engine, kind, {row["adapter"] for row in rows if SOURCES[kind] in row})
+        words += [f"--{kind}-adapters", *given] if given else []
+    for option, values in (
+        ("--device", {engines[kind].device.type for kind in kinds}),
+        ("--dtype", {str(engines[kind].dtype).removeprefix("torch.") for kind in kinds}),
+        ("--max-new-tokens", {row["max_new_tokens"] for row in rows}),
+    ):
+        words += [option, str(values.pop())] if len(values) == 1 else []
+    words += [
+        "--warmup",
+        str(warmup_steps),
+        "--repeats",
+        str(repeats),
+        "--seed",
+        str(seed),
+        "--threads",
+        str(torch.get_num_threads()),
+    ]
+    if "--max-new-tokens" in words:
+        rows = [{key: value for key, value in row.items() if key != "max_new_tokens"} for row in rows]
+    ready = ready_rows({kind: engine.adapters for kind, engine in engines.items()})
+    if rows != [{key: value for key, value in row.items() if key != "max_new_tokens"} for row in ready]:
+        for row in rows:
+            row = {key: value for key, value in row.items() if value is not None}
+            words += ["--row", json.dumps(row, ensure_ascii=False)]
+    return shlex.join(words)
+
+
+def _adapters_given(engine: Engine, kind: str, tags: Collection[str | None]) -> list[str]:
+    """tag=folder for the checkpoints of `tags` that `discover_adapters` does not find in assets/."""
+    shipped = discover_adapters(ASSETS / "adapters" / kind)
+    given = []
+    for tag in sorted(tag for tag in tags if tag in engine.adapters):
+        sources = engine.adapters[tag].sources
+        if {Path(source).resolve() for source in sources} != set(shipped.get(tag, ())):
+            given += [f"{tag}={public_name(str(source))}" for source in sources]
+    return given
