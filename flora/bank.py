@@ -29,7 +29,7 @@ class AdapterInfo:
     name: str
     families: tuple[str, ...]
     ranks: dict[str, int]  # by family, the largest over the layers
-    num_layers: dict[str, int]  # by family
+    layers: dict[str, int]  # number of adapted layers by family
     size_bytes: int
     sources: tuple[str, ...]
 
@@ -128,7 +128,7 @@ class AdapterBank:
             name=name,
             families=tuple(families),
             ranks={adapter.family: adapter.rank for adapter in adapters},
-            num_layers={adapter.family: len(adapter.factors) for adapter in adapters},
+            layers={adapter.family: len(adapter.factors) for adapter in adapters},
             size_bytes=sum(adapter.num_parameters for adapter in adapters) * self.dtype.itemsize,
             sources=tuple(adapter.source for adapter in adapters),
         )
