@@ -34,7 +34,10 @@ KEY_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter, ready for the bank. factors: layer → A (r, d_in), B (r, d_out), float32, every scale folded into B."""
+    """One adapter, ready for the bank.
+
+    factors: layer → A (r, d_in), B (r, d_out), float32, every scale folded into B. source: the folder or hub id as it was given.
+    """
 
     family: str
     factors: dict[str, tuple[Tensor, Tensor]]
@@ -68,7 +71,7 @@ def read_adapter(source: str | Path) -> Adapter:
     family, factors = _READERS[peft_type](config, tensors, name)
     if not factors:
         raise CheckpointError(f"adapter {name}: {WEIGHTS_FILE} holds no adapter weights")
-    return Adapter(family, factors, config.get("base_model_name_or_path"), name)
+    return Adapter(family, factors, config.get("base_model_name_or_path"), str(source))
 
 
 def write_flora(folder: str | Path, factors: dict[str, tuple[Tensor, Tensor]], config: dict) -> None:
