@@ -1,0 +1,1 @@
+"""The page. This is the only package that knows gradio: one file per tab, the live components, the theme."""

@@ -1,0 +1,128 @@
+"""The endpoints for programs: `/compare` and `/adapters`, for `gradio_client` or any HTTP client."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+
+from flora.engine import Engine, Request
+from flora.errors import AudioError, FloraError, RequestError
+from profiling import workload
+from profiling.compare import Finished, compare
+from profiling.dashboard.compare import MAX_NEW_TOKENS, WARMUP_STEPS
+from profiling.dashboard.device import SERVER_ERROR, Device
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUESTS = 32
+_FIELDS = ("prompt", "audio", "adapter")
+
+
+def add_endpoints(engines: Mapping[str, Engine], device: Device) -> None:
+    """Register the endpoints; call it inside a `gr.Blocks` context."""
+
+    def compare_endpoint(requests: list[dict], methods: list[str] = ["flora", "bmm-lora"], max_new_tokens: int = workload.MAX_NEW_TOKENS) -> dict:  # noqa: B006
+        """Run a batch under two or more methods, paired and interleaved, and return what the comparison measured.
+
+        requests: a list of {"prompt": "...", "adapter": "lua"} or {"audio": handle_file("clip.wav"), "adapter": "cs"}; the adapter may be null.
+        methods: the first two give the ratio. A request that cannot run is named under "failures"; the rest runs.
+        """
+        return _compare(engines, device, requests, methods, max_new_tokens)
+
+    def adapters_endpoint() -> dict:
+        """Every adapter tag, per kind of model: its families, ranks, size in bytes and number of adapted layers."""
+        return {
+            kind: {
+                tag: {"families": list(info.families), "ranks": dict(info.ranks), "size_bytes": info.size_bytes, "layers": info.layers}
+                for tag, info in engine.adapters.items()
+            }
+            for kind, engine in engines.items()
+        }
+
+    gr.api(compare_endpoint, api_name="compare", concurrency_id="device", concurrency_limit=1)
+    gr.api(adapters_endpoint, api_name="adapters", queue=False)
+
+
+def _compare(engines: Mapping[str, Engine], device: Device, rows: Any, methods: Any, max_new_tokens: Any) -> dict:
+    try:
+        requests, failures, names, positions = _requests(engines, rows, max_new_tokens)
+        if not isinstance(methods, list) or not all(isinstance(method, str) for method in methods):
+            raise RequestError('"methods" must be a list of method names, such as ["flora", "bmm-lora"].')
+        if not requests:
+            return {"failures": failures}
+        run = device.start(partial(compare, engines, requests, methods, warmup_steps=WARMUP_STEPS, audio_names=names))
+        result = None
+        while not run.done:
+            for event in run.fetch(1.0):
+                if isinstance(event, Finished):
+                    result = event.result.as_dict()
+        if run.error is not None:
+            raise run.error
+    except FloraError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    except Exception as error:  # logged here in full; the visitor gets a sentence without the server's insides
+        logger.exception("the /compare endpoint broke off")
+        raise gr.Error(SERVER_ERROR, print_exception=False) from error
+    # `compare` counted the requests it was given; the caller counts those that were sent.
+    result["rows"] = [row | {"index": positions[row["index"]]} for row in result["rows"]]
+    result["failures"] = failures | {str(positions[int(index)]): message for index, message in result["failures"].items()}
+    return result
+
+
+def _requests(engines: Mapping[str, Engine], rows: Any, max_new_tokens: Any) -> tuple[list[Request], dict[str, str], dict[int, str], list[int]]:
+    """The requests that can be made of `rows`, the failures of the others, clip names, and where each request stood in `rows`."""
+    if not isinstance(rows, list) or not rows:
+        raise RequestError('"requests" must be a list with at least one {"prompt": …} or {"audio": …}.')
+    if len(rows) > MAX_REQUESTS:
+        raise RequestError(f"A batch may hold at most {MAX_REQUESTS} requests, not {len(rows)}.")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+        raise RequestError(f'"max_new_tokens" must be a whole number from 1 to {MAX_NEW_TOKENS}.')
+    requests: list[Request] = []
+    failures: dict[str, str] = {}
+    names: dict[int, str] = {}
+    positions: list[int] = []
+    for position, row in enumerate(rows):
+        try:
+            request = _request(engines, row, max_new_tokens)
+        except FloraError as error:
+            failures[str(position)] = str(error)
+            continue
+        if request.audio is not None:
+            names[len(requests)] = _uploaded(row["audio"]).name
+        requests.append(request)
+        positions.append(position)
+    return requests, failures, names, positions
+
+
+def _request(engines: Mapping[str, Engine], row: Any, max_new_tokens: int) -> Request:
+    if not isinstance(row, dict):
+        raise RequestError('A request is an object such as {"prompt": "…", "adapter": "lua"}.')
+    unknown = [str(field) for field in row if field not in _FIELDS]
+    if unknown:
+        raise RequestError(f'A request has no field "{unknown[0][:40]}": it may have {", ".join(_FIELDS)}.')
+    options = {"adapter": row.get("adapter"), "max_new_tokens": max_new_tokens}
+    if row.get("audio") is None:
+        return Request(prompt=row.get("prompt"), **options)
+    if row.get("prompt") is not None:
+        raise RequestError("A request holds a prompt and a clip: give it one of the two.")
+    if "speech" not in engines:
+        raise RequestError("No speech model is loaded here: send prompts only.")
+    samples, sampling_rate = workload.load_audio(_uploaded(row["audio"]), engines["speech"].window_s)
+    return Request(audio=samples, sampling_rate=sampling_rate, **options)
+
+
+def _uploaded(audio: Any) -> Path:
+    """The file that a client uploaded with `handle_file`; never another path of this machine."""
+    path = audio.get("path") if isinstance(audio, dict) and isinstance(audio.get("meta"), dict) else None
+    if not isinstance(path, str):
+        raise AudioError('"audio" must be an uploaded file: with gradio_client, handle_file("clip.wav").')
+    folder, file = Path(get_upload_folder()).resolve(), Path(path).resolve()
+    if not file.is_relative_to(folder) or not file.is_file():
+        raise AudioError('"audio" must be an uploaded file: with gradio_client, handle_file("clip.wav").')
+    return file

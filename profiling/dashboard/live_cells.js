@@ -1,0 +1,62 @@
+// Patches only the cells whose HTML changed, so that nothing jumps, scrolls back or loses its selection while tokens stream.
+// value: {cells: {key: escaped HTML}, classes: {key: class names}, attributes: {key: {name: text}}}; keys name [data-cell] nodes.
+const nodes = new Map();
+const shown = new Map();
+const node = (key) => {
+  let found = nodes.get(key);
+  if (!found || !element.contains(found)) {
+    found = element.querySelector(`[data-cell="${CSS.escape(key)}"]`);
+    if (found) {
+      nodes.set(key, found);
+      shown.delete(`cell ${key}`);
+      shown.delete(`class ${key}`);
+    }
+  }
+  return found;
+};
+const changed = (name, text) => {
+  if (shown.get(name) === text) return false;
+  shown.set(name, text);
+  return true;
+};
+const apply = () => {
+  const value = props.value || {};
+  for (const [key, html] of Object.entries(value.cells || {})) {
+    const target = node(key);
+    if (!target || !changed(`cell ${key}`, html)) continue;
+    const follow = target.scrollHeight - target.scrollTop - target.clientHeight < 24;
+    target.innerHTML = html;
+    if (follow) target.scrollTop = target.scrollHeight;
+  }
+  for (const [key, names] of Object.entries(value.classes || {})) {
+    const target = node(key);
+    if (target && changed(`class ${key}`, names)) target.className = names;
+  }
+  for (const [key, attributes] of Object.entries(value.attributes || {})) {
+    const target = node(key);
+    if (!target) continue;
+    for (const [name, text] of Object.entries(attributes)) {
+      if (target.getAttribute(name) !== text) target.setAttribute(name, text);
+    }
+  }
+};
+element.addEventListener('click', async (event) => {
+  const button = event.target.closest('[data-copy]');
+  if (!button || !element.contains(button)) return;
+  const source = node(button.dataset.copy);
+  const words = button.textContent;
+  try {
+    await navigator.clipboard.writeText(source.textContent.trim());
+    button.textContent = 'copied';
+  } catch {
+    // Browsers refuse the clipboard outside https and localhost: leave the text selected for the keyboard instead.
+    const range = document.createRange();
+    range.selectNodeContents(source);
+    window.getSelection().removeAllRanges();
+    window.getSelection().addRange(range);
+    button.textContent = 'selected: press Ctrl+C';
+  }
+  setTimeout(() => { button.textContent = words; }, 1600);
+});
+apply();
+watch('value', apply);

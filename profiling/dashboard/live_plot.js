@@ -1,0 +1,80 @@
+// Draws value.data and value.layout on one node with Plotly.react, so that the visitor's zoom survives every update.
+const host = element.querySelector('[data-plot]');
+const caption = element.querySelector('[data-caption]');
+// One copy of plotly.js for all live plots, under its own name: gr.Plot ships another version and overwrites window.Plotly.
+window.floraPlotly ??= new Promise((resolve, reject) => {
+  const script = document.createElement('script');
+  script.src = new URL(host.dataset.plotly, document.baseURI).href;
+  script.onload = () => resolve(window.Plotly);
+  script.onerror = () => reject(new Error('plotly.js did not load'));
+  document.head.appendChild(script);
+});
+const merge = (base, over) => {
+  const merged = { ...base };
+  for (const [key, value] of Object.entries(over || {})) {
+    const nested = value && typeof value === 'object' && !Array.isArray(value);
+    merged[key] = nested ? merge(merged[key], value) : value;
+  }
+  return merged;
+};
+const themed = (layout) => {
+  const style = getComputedStyle(element);
+  const ink = style.getPropertyValue('--instrument-ink').trim();
+  const muted = style.getPropertyValue('--instrument-muted').trim();
+  const grid = style.getPropertyValue('--instrument-grid').trim();
+  const panel = style.getPropertyValue('--instrument-panel').trim();
+  const axis = {
+    gridcolor: grid, zerolinecolor: grid, linecolor: grid, tickfont: { color: muted }, title: { font: { color: muted } },
+  };
+  const axes = Object.fromEntries(
+    Object.keys(layout).concat('xaxis', 'yaxis').filter((key) => /^[xy]axis/.test(key)).map((key) => [key, axis]));
+  return merge(layout, {
+    paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', autosize: true,
+    font: { family: style.fontFamily, size: 11, color: ink },
+    legend: { font: { color: ink } },
+    hoverlabel: { bgcolor: panel, bordercolor: grid, font: { color: ink } },
+    modebar: { color: muted, activecolor: ink, bgcolor: 'rgba(0,0,0,0)' },
+    ...axes,
+  });
+};
+const config = {
+  displaylogo: false, responsive: true, displayModeBar: 'hover', doubleClick: 'reset',
+  modeBarButtonsToRemove: ['lasso2d', 'select2d', 'autoScale2d', 'zoomIn2d', 'zoomOut2d'],
+};
+const draw = async () => {
+  const figure = props.value;
+  if (!figure || !figure.data) return;
+  if (figure.summary && caption.textContent !== figure.summary) {
+    caption.textContent = figure.summary;
+    host.setAttribute('aria-label', figure.summary);
+  }
+  try {
+    const plotly = await window.floraPlotly;
+    if (figure !== props.value) return;
+    // Plotly writes into what it is given: hand it a copy, gradio compares the original with the next value.
+    await plotly.react(host, structuredClone(JSON.parse(JSON.stringify(figure.data))), themed(JSON.parse(JSON.stringify(figure.layout))), config);
+  } catch (error) {
+    caption.textContent = `The chart could not be drawn (${error.message}). The downloads hold its data.`;
+  }
+};
+const csv = () => {
+  const quote = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+  const layout = props.value.layout || {};
+  const title = (axis, fallback) => (axis && axis.title && (axis.title.text ?? axis.title)) || fallback;
+  const lines = [['series', title(layout.xaxis, 'x'), title(layout.yaxis, 'y')]];
+  for (const trace of props.value.data || []) {
+    (trace.x || []).forEach((x, i) => lines.push([trace.name || '', x, trace.y[i]]));
+  }
+  return lines.map((line) => line.map((cell) => quote(String(cell ?? ''))).join(',')).join('\n') + '\n';
+};
+element.addEventListener('click', (event) => {
+  if (!event.target.closest('[data-download]')) return;
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([csv()], { type: 'text/csv' }));
+  link.download = host.dataset.file;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+});
+new MutationObserver(draw).observe(document.body, { attributes: true, attributeFilter: ['class'] });
+draw();
+watch('value', draw);

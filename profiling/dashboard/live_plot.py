@@ -1,0 +1,72 @@
+"""A Plotly chart that is updated on one node: it does not flicker and keeps its zoom. Also serves plotly.js itself."""
+
+from __future__ import annotations
+
+import gzip
+import html
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import plotly
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+_JS_ON_LOAD = (Path(__file__).parent / "live_plot.js").read_text(encoding="utf-8")
+_PLOTLY_ROUTE = "/instrument/plotly.min.js"
+_ONE_YEAR_S = 365 * 24 * 3600
+
+
+@cache
+def _plotly_js() -> tuple[bytes, bytes]:
+    """plotly.js out of the installed plotly package, plain and gzipped."""
+    plain = (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_bytes()
+    return plain, gzip.compress(plain, compresslevel=6, mtime=0)
+
+
+def _serve_plotly_js(request: Request) -> Response:
+    plain, gzipped = _plotly_js()
+    headers = {"Cache-Control": f"public, max-age={_ONE_YEAR_S}, immutable", "Vary": "Accept-Encoding"}
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        return Response(gzipped, media_type="text/javascript", headers=headers | {"Content-Encoding": "gzip"})
+    return Response(plain, media_type="text/javascript", headers=headers)
+
+
+def plotly_route() -> Route:
+    """The route that serves plotly.js; the address in the page carries its version, so it may be cached for a year."""
+    return Route(_PLOTLY_ROUTE, _serve_plotly_js, methods=["GET", "HEAD"])
+
+
+def plot_value(figure: Any, summary: str) -> dict[str, Any]:
+    """The value of a LivePlot: `figure` (a plotly figure or its dict) and the sentence that says what it shows."""
+    if not isinstance(figure, dict):
+        figure = figure.to_plotly_json()
+    return {"data": list(figure["data"]), "layout": dict(figure["layout"]), "summary": summary}
+
+
+class LivePlot(gr.HTML):
+    """A chart whose value is `plot_value(figure, summary)`.
+
+    The figure's `layout.uirevision` decides what survives: while it stays the same so does the visitor's zoom. Colours of ink,
+    grid and background come from the page's theme, light or dark, unless the layout sets them. The sentence under the chart is
+    also its accessible name. The `data` button downloads the traces as CSV.
+
+    file_name: the name of that CSV file. height_px: the fixed height of the chart.
+    """
+
+    def __init__(self, value: dict[str, Any], *, file_name: str = "chart.csv", height_px: int = 220, **keywords: Any):
+        source = f"{_PLOTLY_ROUTE.removeprefix('/')}?v={plotly.__version__}"
+        template = (
+            '<figure class="live-plot">'
+            f'<div class="live-plot-host" data-plot data-plotly="{source}" data-file="{html.escape(file_name)}" role="img"'
+            f' style="height: {height_px}px" aria-label="{html.escape(value["summary"])}"></div>'
+            '<figcaption><span data-caption></span>'
+            '<button type="button" class="quiet-button" data-download title="download what the chart shows as CSV">data</button>'
+            "</figcaption></figure>"
+        )
+        super().__init__(value=value, html_template=template, js_on_load=_JS_ON_LOAD, apply_default_css=False, **keywords)
+
+    def api_info(self) -> dict[str, Any]:
+        return {"type": "object", "properties": {"data": {}, "layout": {}, "summary": {"type": "string"}}}
