@@ -24,6 +24,8 @@ from flora.models import LoadedModel, load_model
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """By how much a chosen token's logit may lie below the reference's best one and still agree: the rounding of a whole model's depth."""
 
+EMPTY_BATCH = "the batch is empty: add at least one request"
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -132,7 +134,7 @@ class Engine:
     def start(self, requests: Sequence[Request], method: str = "flora", seed: int = 0) -> Generation:
         """Check and encode a batch; nothing is run yet. Raises a RequestError or AdapterError before anything runs."""
         if not requests:
-            raise RequestError("the batch is empty: add at least one request")
+            raise RequestError(EMPTY_BATCH)
         if len(requests) > self.max_batch_size:
             raise RequestError(f"the batch has {len(requests)} requests and this engine takes {self.max_batch_size} at once")
         rows = []
@@ -152,6 +154,8 @@ class Engine:
     def stream(self, requests: Sequence[Request], method: str = "flora", seed: int = 0) -> Iterator[Event]:
         """Run requests in batches and yield each token and each completion as it comes; `index` is the place in `requests`."""
         requests = list(requests)
+        if not requests:
+            raise RequestError(EMPTY_BATCH)
         for request in requests:
             self._encode(request, method)  # everything is checked before anything runs
         for batch in schedule(requests, self.max_batch_size):
