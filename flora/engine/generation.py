@@ -149,12 +149,12 @@ class BatchGeneration:
 
     def _take(self, row: Row, token: int, value: float, now: float) -> list[Event]:
         row.first_token_s = row.first_token_s or now
-        row.last_token_s = now
         is_stop = token in self.vocabulary.stop_ids
         if is_stop and row.text_end is None:
             row.text_end = len(row.token_ids)
         if is_stop and not row.request.ignore_eos:
             return [self._finish(row, "stop")]
+        row.last_token_s = now  # the stop token is none of the tokens that TPOT counts
         row.token_ids.append(token)
         row.chosen_logits.append(value)
         events: list[Event] = [
