@@ -137,7 +137,8 @@ class BatchGeneration:
         values, tokens = logits.max(-1)
         for place, row in enumerate(self._running):
             if row.sampler is not None and row.completion is None:
-                probabilities = torch.softmax(logits[place].cpu() / row.request.temperature, -1)
+                below_best = (logits[place] - values[place]).double().cpu()  # at most 0: no temperature, however low, overflows
+                probabilities = torch.softmax(below_best / row.request.temperature, -1)
                 tokens[place] = torch.multinomial(probabilities, 1, generator=row.sampler).item()
                 values[place] = logits[place, tokens[place]]
         self._tokens = tokens
