@@ -26,6 +26,10 @@ class Vocabulary:
     suppressed_at_begin: tuple[int, ...]  # not chosen as the first new token
     decode: Callable[[Sequence[int]], str]
 
+    def text(self, token_ids: Sequence[int]) -> str:
+        """What may be shown of these tokens: a last character of which not all bytes have come is held back."""
+        return self.decode(token_ids).rstrip("\ufffd")
+
 
 @dataclass
 class Row:
@@ -137,7 +141,7 @@ class BatchGeneration:
         values, tokens = logits.max(-1)
         for place, row in enumerate(self._running):
             if row.sampler is not None and row.completion is None:
-                below_best = (logits[place] - values[place]).double().cpu()  # at most 0: no temperature, however low, overflows
+                below_best = (logits[place] - values[place]).cpu().double()  # at most 0: no temperature, however low, overflows
                 probabilities = torch.softmax(below_best / row.request.temperature, -1)
                 tokens[place] = torch.multinomial(probabilities, 1, generator=row.sampler).item()
                 values[place] = logits[place, tokens[place]]
@@ -165,7 +169,7 @@ class BatchGeneration:
                 num_new_tokens=len(row.token_ids),
                 stopped=row.text_end is not None,
                 _token_ids=tuple(row.token_ids[: row.text_end]),
-                _decode=self.vocabulary.decode,
+                _decode=self.vocabulary.text,
             )
         ]
         if len(row.token_ids) == row.max_new_tokens:
@@ -176,7 +180,7 @@ class BatchGeneration:
         num_tokens = len(row.token_ids)
         started = self._started_s if self._started_s is not None else row.first_token_s
         row.completion = Completion(
-            text=self.vocabulary.decode(row.token_ids),
+            text=self.vocabulary.text(row.token_ids),
             token_ids=list(row.token_ids),
             finish_reason=reason,
             ttft_s=row.first_token_s - started if row.first_token_s else 0.0,

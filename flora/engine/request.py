@@ -76,8 +76,7 @@ class TokenEvent:
 
     @property
     def text(self) -> str:
-        # A character of several tokens is held back until it is whole.
-        return self._decode(self._token_ids).rstrip("\ufffd")
+        return self._decode(self._token_ids)
 
 
 @dataclass(frozen=True)
