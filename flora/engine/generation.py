@@ -221,7 +221,8 @@ class SequentialGeneration:
 
     @property
     def phase(self) -> str:
-        return self.groups[0].phase
+        """Of the next step; groups that were cancelled before their prefill do not count."""
+        return next((group.phase for group in self.groups if not group.done), "decode")
 
     @property
     def completions(self) -> list[Completion]:
