@@ -71,11 +71,7 @@ class Routing:
     expanded_row: Tensor  # (m,) int64, the row each expanded row copies; m = Σ max(rank, 1)
     expanded_component: Tensor  # (m,) int64, slot · r + k of its factors in A and B seen as (slots · r, d)
 
-    @property
-    def uniform_rank(self) -> int | None:
-        """The rank that every row has, or None where ranks differ."""
-        ranks = {segment.rank for segment in self.segments}
-        return ranks.pop() if len(ranks) == 1 else None
+    uniform_rank: int | None  # the rank that every row has, or None where ranks differ
 
 
 def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: torch.device | str = "cpu") -> Routing:
@@ -102,6 +98,7 @@ def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: 
         ),
         expanded_row=tensor([row for row, _ in expanded]),
         expanded_component=tensor([component for _, component in expanded]),
+        uniform_rank=next(iter(by_rank)) if len(by_rank) == 1 else None,
     )
 
 
@@ -146,19 +143,24 @@ def expand_around(
     rank = routing.uniform_rank
     if rank == 0:
         y = product(x)
-    elif rank == 1:
-        y = product(x * A[routing.slots, 0].unsqueeze(1)) * B[routing.slots, 0].unsqueeze(1)
     elif rank is not None:
-        a = A[routing.slots, :rank].unsqueeze(2)  # (n, rank, 1, d_in)
-        b = B[routing.slots, :rank].unsqueeze(2)  # (n, rank, 1, d_out)
+        a = _gather(A, routing.slots, rank).unsqueeze(2)  # (n, rank, 1, d_in)
+        b = _gather(B, routing.slots, rank).unsqueeze(2)  # (n, rank, 1, d_out)
         y = product((x.unsqueeze(1) * a).flatten(0, 1))  # (n · rank, l, d_out)
-        y = (y.unflatten(0, (n, rank)) * b).sum(1)
+        y = y.unflatten(0, (n, rank)) * b
+        y = y.squeeze(1) if rank == 1 else y.sum(1)
     else:
         a = A.flatten(0, 1)[routing.expanded_component].unsqueeze(1)  # (m, 1, d_in)
         b = B.flatten(0, 1)[routing.expanded_component].unsqueeze(1)  # (m, 1, d_out)
         expanded = product(x[routing.expanded_row] * a) * b  # (m, l, d_out)
         y = expanded.new_zeros(n, l, expanded.shape[-1]).index_add(0, routing.expanded_row, expanded)
     return y if bias is None else y + bias
+
+
+def _gather(factors: Tensor, slots: Tensor, rank: int) -> Tensor:
+    """Each row's first `rank` components: factors (slots, r, d) → (n, rank, d)."""
+    stored = factors if rank == factors.shape[1] else factors[:, :rank]
+    return stored.index_select(0, slots)  # several times faster than indexing with [slots, :rank] at decode sizes
 
 
 def flora_expand(
@@ -228,8 +230,8 @@ def bmm_lora(
 def _add_bmm(x: Tensor, y: Tensor, A: Tensor, B: Tensor, routing: Routing) -> Tensor:
     for group in routing.rank_groups:
         rows = x if group.rows is None else x[group.rows]
-        a = A[group.slots, : group.rank]  # (n_group, rank, d_in)
-        b = B[group.slots, : group.rank]  # (n_group, rank, d_out)
+        a = _gather(A, group.slots, group.rank)  # (n_group, rank, d_in)
+        b = _gather(B, group.slots, group.rank)  # (n_group, rank, d_out)
         if group.rows is None:
             return torch.baddbmm(y, torch.bmm(rows, a.transpose(1, 2)), b)
         y = y.index_add(0, group.rows, torch.bmm(torch.bmm(rows, a.transpose(1, 2)), b))
