@@ -131,8 +131,11 @@ class Engine:
                 _ = layer.weight  # a quantised layer says that it has none
         return self.runner.encode(request)
 
-    def start(self, requests: Sequence[Request], method: str = "flora", seed: int = 0) -> Generation:
-        """Check and encode a batch; nothing is run yet. Raises a RequestError or AdapterError before anything runs."""
+    def start(self, requests: Sequence[Request], method: str = "flora", seed: int = 0, first_index: int = 0) -> Generation:
+        """Check and encode a batch; nothing is run yet. Raises a RequestError or AdapterError before anything runs.
+
+        first_index: the place of the batch in a longer list; what is sampled depends on the seed and a request's place in that list.
+        """
         if not requests:
             raise RequestError(EMPTY_BATCH)
         if len(requests) > self.max_batch_size:
@@ -141,7 +144,9 @@ class Engine:
         for index, request in enumerate(requests):
             encoded = self._encode(request, method)
             room = self.context_length - len(encoded.prompt_ids)
-            sampler = torch.Generator().manual_seed(seed * 1_000_003 + index) if request.temperature > 0 else None
+            sampler = None
+            if request.temperature > 0:
+                sampler = torch.Generator().manual_seed((seed * 1_000_003 + first_index + index) % 2**63)
             rows.append(Row(index, request, encoded, min(request.max_new_tokens, room), sampler))
         batch = partial(BatchGeneration, self.runner, self.bank, self._vocabulary)
         with self._lock:
@@ -159,7 +164,7 @@ class Engine:
         for request in requests:
             self._encode(request, method)  # everything is checked before anything runs
         for batch in schedule(requests, self.max_batch_size):
-            generation = self.start(batch.items, method, seed + batch.indices[0])
+            generation = self.start(batch.items, method, seed, first_index=batch.indices[0])
             try:
                 while not generation.done:
                     for event in generation.step():
