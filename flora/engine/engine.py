@@ -192,8 +192,8 @@ class Engine:
     ) -> Agreement:
         """Read each answer with the reference, given its own tokens so far, and count the tokens it would have chosen too.
 
-        The reference is each request alone with its adapter merged into the weights (a quantised model, whose weights cannot be merged,
-        serves it alone with `method`). token_ids, chosen_logits: each request's new tokens and the logits they were chosen by.
+        The reference is each request alone with its adapter merged into the weights; for `base`, the base model. (A quantised model,
+        whose weights cannot be merged, serves it alone with `method`.) token_ids, chosen_logits: each request's new tokens and the logits they were chosen by.
         """
         tolerance = LOGIT_TOLERANCE.get(self.dtype, LOGIT_TOLERANCE[torch.bfloat16])
         quantised = any(layer.is_black_box for layer in self.bank.layers.values())
@@ -204,7 +204,8 @@ class Engine:
                 continue
             encoded = self._encode(request, method)
             with self._lock:
-                serving = self.bank.serving([request.adapter], method if quantised else "merged", family=ops.FAMILY[method])
+                adapter = None if method == "base" else request.adapter
+                serving = self.bank.serving([adapter], method if quantised else "merged", family=ops.FAMILY[method])
                 try:
                     (logits,) = self.runner.score([encoded], [list(ids)], serving)  # (tokens, vocabulary)
                 finally:
