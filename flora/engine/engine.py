@@ -193,7 +193,8 @@ class Engine:
         """Read each answer with the reference, given its own tokens so far, and count the tokens it would have chosen too.
 
         The reference is each request alone with its adapter merged into the weights; for `base`, the base model. (A quantised model,
-        whose weights cannot be merged, serves it alone with `method`.) token_ids, chosen_logits: each request's new tokens and the logits they were chosen by.
+        whose weights cannot be merged, serves it alone with `method`.) token_ids, chosen_logits: each request's new tokens and the
+        logits they were chosen by.
         """
         tolerance = LOGIT_TOLERANCE.get(self.dtype, LOGIT_TOLERANCE[torch.bfloat16])
         quantised = any(layer.is_black_box for layer in self.bank.layers.values())

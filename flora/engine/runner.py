@@ -98,7 +98,13 @@ class CodeRunner:
             raise RequestError("this model continues text: give a prompt, not audio")
         if not request.prompt.strip():
             raise RequestError("the prompt is empty: write at least one character")
+        try:
+            request.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError("the prompt is not valid text: it has half of a surrogate pair") from error
         ids = self.tokenizer(request.prompt)["input_ids"]
+        if not ids:
+            raise RequestError("the prompt has no tokens: write at least one character that the model's tokenizer knows")
         if len(ids) >= self.context_length:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens and the model's context holds {self.context_length}, "
