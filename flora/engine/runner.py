@@ -271,10 +271,22 @@ class _StartTokens:
 
 
 def check_samples(audio: Any) -> np.ndarray:
-    """Mono float32 samples in -1 … 1 from whatever array came: integers are scaled, channels averaged. AudioError for what is no speech."""
-    samples = audio.detach().cpu().numpy() if isinstance(audio, Tensor) else np.asarray(audio)
-    if samples.dtype.kind in "iu":
-        samples = samples.astype(np.float32) / np.iinfo(samples.dtype).max
+    """Mono float32 samples in -1 … 1 from whatever array came: integers are scaled, channels averaged. AudioError for what is no speech.
+
+    Unsigned integers are PCM around the middle of their range, as 8-bit WAV files are. 64-bit integers have no known full scale.
+    """
+    if isinstance(audio, Tensor):
+        audio = audio.detach().cpu()
+        audio = (audio.float() if audio.is_floating_point() else audio).numpy()  # NumPy has no bfloat16
+    try:
+        samples = np.asarray(audio)
+    except ValueError as error:
+        raise AudioError("audio must be one row of samples, not rows of different lengths") from error
+    if samples.dtype.kind in "iu" and samples.dtype.itemsize <= 4:
+        full_scale = 2.0 ** (8 * samples.dtype.itemsize - 1)
+        samples = (samples.astype(np.float64) - (full_scale if samples.dtype.kind == "u" else 0.0)) / full_scale
+    elif samples.dtype.kind in "iu":
+        raise AudioError(f"the clip's samples are {samples.dtype}, whose full scale is unknown: give floats in -1 … 1, int16 or int32")
     elif samples.dtype.kind != "f":
         raise AudioError(f"audio must be an array of numbers, not of {samples.dtype}")
     if samples.size == 0:
