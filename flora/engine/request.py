@@ -9,6 +9,9 @@ from typing import Any
 
 from flora.errors import RequestError
 
+LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
+"""Sampling rates in Hz outside of which no recorder works: a wrong number, which would squeeze or stretch the clip to nothing."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -38,8 +41,12 @@ class Request:
             raise RequestError(f"max_new_tokens must be a whole number of at least 1, not {self.max_new_tokens!r}")
         if not isinstance(self.temperature, int | float) or not math.isfinite(self.temperature) or self.temperature < 0:
             raise RequestError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
-        if self.sampling_rate is not None and (not isinstance(self.sampling_rate, int) or self.sampling_rate < 1):
-            raise RequestError(f"sampling_rate must be a whole number of Hz, not {self.sampling_rate!r}")
+        if self.sampling_rate is not None and (
+            not isinstance(self.sampling_rate, int) or not LOWEST_RATE <= self.sampling_rate <= HIGHEST_RATE
+        ):
+            raise RequestError(
+                f"sampling_rate must be a whole number of Hz from {LOWEST_RATE} to {HIGHEST_RATE}, not {self.sampling_rate!r}"
+            )
 
 
 @dataclass(frozen=True)
