@@ -1,8 +1,8 @@
 """A key/value cache in which every row stands at its own position, behind transformers' `Cache` interface.
 
-Prompts are padded on the right, so position p of a row is always its p-th token. The prompt is written in one piece; afterwards each row
-writes its token at its own position, over what padding left there, and the attention mask hides everything beyond it. The memory is
-allocated once, for the longest row.
+Prompts are padded on the right, so position p of a row is always its p-th token. The prompt is written in one piece; afterwards
+each row writes its token at its own position, over what padding left there, and the attention mask hides everything beyond it.
+The memory is allocated once, for the longest row.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from flora.layers import ServingHolder, inject
 from flora.models import LoadedModel, load_model
 
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
-"""By how much a chosen token's logit may lie below the reference's best one and still agree: the rounding of a whole model's depth."""
+"""By how much a chosen token's logit may lie below the reference's best and still agree: the rounding of a whole model's depth."""
 
 EMPTY_BATCH = "the batch is empty: add at least one request"
 
@@ -31,8 +31,8 @@ EMPTY_BATCH = "the batch is empty: add at least one request"
 class Agreement:
     """How a batch's tokens compare with the reference: every request alone, its adapter merged into the weights.
 
-    agreeing of tokens were the reference's own choice, given the tokens before them. max_logit_difference: between the logit each token
-    was chosen by and the reference's logit of that token; None where the batch's logits were not given.
+    agreeing of tokens were the reference's own choice, given the tokens before them. max_logit_difference: between the logit each
+    token was chosen by and the reference's logit of that token; None where the batch's logits were not given.
     """
 
     tokens: int
@@ -134,7 +134,7 @@ class Engine:
     def start(self, requests: Sequence[Request], method: str = "flora", seed: int = 0, first_index: int = 0) -> Generation:
         """Check and encode a batch; nothing is run yet. Raises a RequestError or AdapterError before anything runs.
 
-        first_index: the place of the batch in a longer list; what is sampled depends on the seed and a request's place in that list.
+        first_index: the batch's place in a longer list; what is sampled depends on the seed and on a request's place in that list.
         """
         if not requests:
             raise RequestError(EMPTY_BATCH)
@@ -192,9 +192,9 @@ class Engine:
     ) -> Agreement:
         """Read each answer with the reference, given its own tokens so far, and count the tokens it would have chosen too.
 
-        The reference is each request alone with its adapter merged into the weights; for `base`, the base model. (A quantised model,
-        whose weights cannot be merged, serves it alone with `method`.) token_ids, chosen_logits: each request's new tokens and the
-        logits they were chosen by.
+        The reference is each request alone with its adapter merged into the weights; for `base`, the base model. (A quantised
+        model, whose weights cannot be merged, serves it alone with `method`.) token_ids, chosen_logits: each request's new tokens
+        and the logits they were chosen by.
         """
         tolerance = LOGIT_TOLERANCE.get(self.dtype, LOGIT_TOLERANCE[torch.bfloat16])
         quantised = any(layer.is_black_box for layer in self.bank.layers.values())

@@ -17,7 +17,7 @@ LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 class Request:
     """One user's request: a prompt for a code model, or a clip for a speech model, and the adapter that should answer it.
 
-    audio: mono samples, a one-dimensional float array. sampling_rate: Hz. adapter: a tag the engine holds, or None for the base model.
+    audio: mono samples, a one-dimensional float array. sampling_rate: Hz. adapter: a tag the engine holds, None for the base model.
     max_new_tokens: the request ends earlier where the model's context is full. temperature: 0 is greedy.
     ignore_eos: go on after the stop token, so that methods can be compared over the same number of tokens.
     """
@@ -54,8 +54,8 @@ class Completion:
     """A request's answer.
 
     token_ids: the new tokens only, the stop token left out. finish_reason: "stop" (the model's stop token came), "length"
-    (max_new_tokens reached, or the context is full) or "cancelled". ttft_s: seconds from the start of the request's batch to its first
-    token. tpot_s: mean seconds per further token, 0 with fewer than two tokens.
+    (max_new_tokens reached, or the context is full) or "cancelled". ttft_s: seconds from the start of the request's batch to its
+    first token. tpot_s: mean seconds per further token, 0 with fewer than two tokens.
     """
 
     text: str

@@ -189,7 +189,7 @@ class SpeechRunner:
         return self.model.get_encoder()(features).last_hidden_state  # (n, positions, d)
 
     def _start_ids(self, states: Tensor) -> Tensor:
-        """(n, l) int64. A multilingual Whisper names the language first: the likeliest one after its start token, as `generate` does."""
+        """(n, l) int64. A multilingual Whisper names the language first: the likeliest after the start, as `generate` does."""
         n = states.shape[0]
         ids = torch.tensor([self._start.known] * n, device=self.device)
         if not self._start.language_ids:
@@ -243,7 +243,7 @@ class SpeechRunner:
 class _StartTokens:
     """The tokens a Whisper decoder starts from, as its generation configuration says and `generate` reads it.
 
-    known: with a placeholder for the language where it has to be detected. language_ids: the candidates, empty where none is needed.
+    known: with a placeholder for the language where it has to be detected. language_ids: the candidates, empty where it has not.
     """
 
     def __init__(self, generation_config: Any, config: Any) -> None:
@@ -271,9 +271,10 @@ class _StartTokens:
 
 
 def check_samples(audio: Any) -> np.ndarray:
-    """Mono float32 samples in -1 … 1 from whatever array came: integers are scaled, channels averaged. AudioError for what is no speech.
+    """Mono float32 samples in -1 … 1 from whatever array came: integers are scaled, channels averaged.
 
-    Unsigned integers are PCM around the middle of their range, as 8-bit WAV files are. 64-bit integers have no known full scale.
+    Unsigned integers are PCM around the middle of their range, as 8-bit WAV files are; 64-bit integers have no known full scale.
+    AudioError for what is no speech.
     """
     if isinstance(audio, Tensor):
         audio = audio.detach().cpu()
@@ -286,7 +287,9 @@ def check_samples(audio: Any) -> np.ndarray:
         full_scale = 2.0 ** (8 * samples.dtype.itemsize - 1)
         samples = (samples.astype(np.float64) - (full_scale if samples.dtype.kind == "u" else 0.0)) / full_scale
     elif samples.dtype.kind in "iu":
-        raise AudioError(f"the clip's samples are {samples.dtype}, whose full scale is unknown: give floats in -1 … 1, int16 or int32")
+        raise AudioError(
+            f"the clip's samples are {samples.dtype}, whose full scale is unknown: give floats in -1 … 1, int16 or int32"
+        )
     elif samples.dtype.kind != "f":
         raise AudioError(f"audio must be an array of numbers, not of {samples.dtype}")
     if samples.size == 0:

@@ -1,7 +1,7 @@
 """Which requests run together: plain Python, no torch.
 
-Requests are taken in their order, as many as fit a batch. Where the weights can hold one adapter at a time (`merged`), a batch is split
-into groups of one adapter each, which the runner serves one after another.
+Requests are taken in their order, as many as fit a batch. Where the weights can hold one adapter at a time (`merged`), a batch is
+split into groups of one adapter each, which the runner serves one after another.
 """
 
 from __future__ import annotations
