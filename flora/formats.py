@@ -153,13 +153,15 @@ def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"adapter {name}: tensor {key} is {tensor.dtype}, not floating point")
-        if not torch.isfinite(tensor).all():
+        tensors[key] = tensor.float()
+        if not torch.isfinite(tensors[key]).all():
             raise CheckpointError(f"adapter {name}: tensor {key} has NaN or infinite weights")
-    return {key: tensor.float() for key, tensor in tensors.items()}
+    return tensors
 
 
 def _pairs(tensors: dict[str, Tensor], suffix_A: str, suffix_B: str, name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sort tensors into layer → (A-side tensor, B-side tensor); anything else in the file, or a side without the other, is an error."""
+    """Sort tensors into layer → (A-side tensor, B-side tensor); anything else in the file, or a side without the other, is an
+    error."""
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         for side, suffix in (("A", suffix_A), ("B", suffix_B)):
@@ -178,6 +180,8 @@ def _pairs(tensors: dict[str, Tensor], suffix_A: str, suffix_B: str, name: str) 
             raise CheckpointError(
                 f"adapter {name}: layer {layer} has factors of {pair['A'].ndim} and {pair['B'].ndim} dimensions, not 2"
             )
+        if pair["A"].shape[0] == 0:
+            raise CheckpointError(f"adapter {name}: layer {layer} has rank 0; the file is incomplete")
     return {layer: (pair["A"], pair["B"]) for layer, pair in sides.items()}
 
 
