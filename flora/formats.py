@@ -65,7 +65,7 @@ def read_adapter(source: str | Path) -> Adapter:
     peft_type = config.get("peft_type")
     if peft_type is None:
         raise CheckpointError(f"adapter {name}: {CONFIG_FILE} has no peft_type; save it again with PEFT")
-    if peft_type not in _READERS:
+    if not isinstance(peft_type, str) or peft_type not in _READERS:
         raise CheckpointError(f"adapter {name}: PEFT type {peft_type} is not supported; supported are {', '.join(_READERS)}")
     tensors = _read_tensors(folder, name)
     family, factors = _READERS[peft_type](config, tensors, name)
@@ -110,6 +110,8 @@ def _display_name(source: str | Path) -> str:
 def _locate(source: str | Path) -> Path:
     folder = Path(source)
     name = _display_name(source)
+    if len(name) > 255:
+        raise CheckpointError(f"adapter {name[:40]}…: there is no such folder, and no name is that long")
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -129,7 +131,7 @@ def _read_config(folder: Path, name: str) -> dict:
         raise CheckpointError(f"adapter {name}: {CONFIG_FILE} is missing; give a folder that PEFT's save_pretrained wrote")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"adapter {name}: {CONFIG_FILE} is not valid JSON; save the adapter again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"adapter {name}: {CONFIG_FILE} is not a JSON object; save the adapter again")
@@ -185,12 +187,22 @@ def _pairs(tensors: dict[str, Tensor], suffix_A: str, suffix_B: str, name: str) 
     return {layer: (pair["A"], pair["B"]) for layer, pair in sides.items()}
 
 
-def _by_pattern(pattern: dict | None, layer: str, default: float) -> float:
-    """PEFT's rank_pattern and alpha_pattern: the first key that matches the end of the layer's name, as a regular expression."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", layer):
-            return value
-    return default
+def _alpha(config: dict, layer: str, rank: int, name: str) -> float:
+    """PEFT's lora_alpha, or the alpha_pattern whose key is the first to match the end of the layer's name, as a regular expression."""
+    alpha, pattern = config.get("lora_alpha", rank), config.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise CheckpointError(f"adapter {name}: alpha_pattern is not an object; save the adapter again")
+    for key, value in pattern.items():
+        try:
+            matches = re.match(rf"(.*\.)?({key})$", layer)
+        except re.error as error:
+            raise CheckpointError(f"adapter {name}: alpha_pattern {key!r} is not a regular expression ({error.msg})") from error
+        if matches:
+            alpha = value
+            break
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"adapter {name}: the lora_alpha of layer {layer} is {alpha!r}, not a finite number")
+    return alpha
 
 
 def _read_lora(config: dict, tensors: dict[str, Tensor], name: str) -> tuple[str, dict[str, tuple[Tensor, Tensor]]]:
@@ -208,14 +220,14 @@ def _read_lora(config: dict, tensors: dict[str, Tensor], name: str) -> tuple[str
         )
     if config.get("modules_to_save"):
         raise CheckpointError(
-            f"adapter {name} replaces whole modules ({', '.join(config['modules_to_save'])}), which cannot be served per row"
+            f"adapter {name} replaces whole modules (modules_to_save={config['modules_to_save']!r}), which cannot be served per row"
         )
     factors = {}
     for layer, (A, B) in _pairs(tensors, ".lora_A.weight", ".lora_B.weight", name).items():
         rank = A.shape[0]
         if B.shape[1] != rank:
             raise CheckpointError(f"adapter {name}: layer {layer} has rank {rank} on its A side and {B.shape[1]} on its B side")
-        alpha = _by_pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", rank))
+        alpha = _alpha(config, layer, rank, name)
         scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         factors[layer] = (A, B.T.contiguous() * scale)
     return "lora", factors
