@@ -211,9 +211,18 @@ def _read_lora(config: dict, tensors: dict[str, Tensor], name: str) -> tuple[str
         ("use_qalora", "QALoRA"),
         ("lora_bias", "a LoRA bias"),
         ("alora_invocation_tokens", "aLoRA"),
+        ("use_bdlora", "block-diagonal LoRA"),
+        ("kasa_config", "KaSA"),
+        ("layer_replication", "replicated layers"),
     ):
         if config.get(flag):
             raise CheckpointError(f"adapter {name} uses {what}, which is not of the form x Aᵀ B and cannot be served")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(("pissa", "corda", "olora", "lora_ga", "loftq")):
+        raise CheckpointError(
+            f"adapter {name} was trained on a base model that its start ({start}) had changed; "
+            "convert it to a plain LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
+        )
     if config.get("bias", "none") != "none":
         raise CheckpointError(
             f"adapter {name} trains the base model's biases (bias={config['bias']!r}), which cannot be served per row"
