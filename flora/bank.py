@@ -1,8 +1,9 @@
 """AdapterBank: the adapters on the device, stacked by slot, so that one batch can use any of them.
 
-For every family and every layer that an adapter of that family touches, the bank holds A (slots, r, d_in) and B (slots, r, d_out), r the
-largest rank seen, and the true rank of each slot. Slot 0 is the identity adapter: rank 0, its first flora component all ones. A tag holds
-one slot, with an adapter of each family or of one. A slot in use by a batch is never overwritten: it is freed when the last batch lets go.
+For every family and every layer that an adapter of that family touches, the bank holds A (slots, r, d_in) and B (slots, r,
+d_out), r the largest rank seen, and the true rank of each slot. Slot 0 is the identity adapter: rank 0, its first flora component
+all ones. A tag holds one slot, with an adapter of each family or of one. A slot in use by a batch is never overwritten: it is
+freed when the last batch lets go.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class _Stack:
 class BatchServing:
     """One batch's adapters, ready for every layer: made by `AdapterBank.serving`, used through `AdapterBank.serve`.
 
-    Each layer's plan is worked out at its first use and kept: later steps of the same batch only look it up. Layers whose slots have the
-    same ranks share one routing.
+    Each layer's plan is worked out at its first use and kept: later steps of the same batch only look it up. Layers whose slots
+    have the same ranks share one routing.
     """
 
     def __init__(self, bank: AdapterBank, slots: Sequence[int], method: str, family: str | None) -> None:
@@ -145,7 +146,7 @@ class AdapterBank:
             self._clear(slot)
 
     def family_for(self, name: str, method: str) -> str | None:
-        """Which of a tag's adapters `method` serves. UnknownAdapterError for an unknown tag, AdapterError where the family is missing."""
+        """Which of a tag's adapters `method` serves; UnknownAdapterError for an unknown tag, AdapterError for a missing family."""
         self._require(name)
         if method == "base":
             return None
@@ -184,8 +185,8 @@ class AdapterBank:
     def serving(self, names: Sequence[str | None], method: str, family: str | None = None) -> BatchServing:
         """Pin the slots of a batch: one tag (or None) per row. Give it back with `release`.
 
-        All rows of a `merged` batch have the same adapter, since the weights are merged once; `family` says which of the tag's adapters
-        is merged where it has two.
+        All rows of a `merged` batch have the same adapter, since the weights are merged once; `family` says which of the tag's
+        adapters is merged where it has two.
         """
         families = {self.family_for(name, method) for name in names if name is not None} - {None}
         if method == "merged" and len(set(names)) > 1:

@@ -1,12 +1,12 @@
 """What each method costs, before it runs: multiply-adds and bytes, and which of fLoRA's two exact forms is cheaper.
 
-For rows that share one adapter of rank r, t tokens in all, and a layer of d_in × d_out (PAPER: "Two exact forms of the same forward"):
+For rows that share one adapter of rank r, t tokens in all, and a layer of d_in × d_out (two exact forms):
 
     expand     r · t · d_in · d_out multiply-adds, one read of the weight
     modulate   (r + t) · d_in · d_out multiply-adds, and weight ∘ (Bᵀ A) is formed in memory: the product Bᵀ A is written and read,
-               the weight is read, the modulated weight is written and read again by the product: 5 passes over d_in · d_out elements
+               the weight is read, the modulated weight is written and read again by the product: 5 passes over it
 
-The common factor d_in · d_out drops out: what decides is rows, rank, and how many multiply-adds the machine does while it moves a byte.
+The common factor d_in · d_out drops out: what decides is rows, rank, and how many multiply-adds the machine does per byte moved.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Iterable
 
 MULTIPLY_ADDS_PER_BYTE = {("cpu", 4): 8.0, ("cpu", 2): 40.0, ("cuda", 4): 8.0, ("cuda", 2): 40.0}
 """Multiply-adds a device does in the time it moves one byte to or from memory, by bytes of a weight: the balance of its roofline.
-cpu: read off `python -m profiling forms` on a server core with AVX-512 (float32) and AMX (bfloat16); cuda: from data sheets (float32
-without TF32; half precision at a tenth of an H100's dense peak, as small products reach), to be replaced by a measurement."""
+cpu: read off `python -m profiling forms` on a server core with AVX-512 (float32) and AMX (bfloat16); cuda: from data sheets
+(float32 without TF32; half precision at a tenth of an H100's dense peak, as small products reach), to be replaced by a
+measurement."""
 
 MODULATE_PASSES = 5
 

@@ -1,7 +1,7 @@
 """Everything that can go wrong by a user's hand, by name.
 
-Every message is one sentence that names the thing and the way out, and is safe to show to a visitor: it repeats what the visitor gave
-(a tag, a file's name, a number), never a path of the server.
+Every message is one sentence that names the thing and the way out, and is safe to show to a visitor: it repeats what the visitor
+gave (a tag, a file's name, a number), never a path of the server.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Train an adapter of an embedded model on one language of its corpus (python -m flora.finetune code lua --method flora).
 
-The base model is frozen. The adapter's factors are the only parameters; the forward is the engine's own layer and op, so that what is
-trained is what is served. The result is a PEFT-format folder with a card that tells the recipe and the held-out score.
+The base model is frozen. The adapter's factors are the only parameters; the forward is the engine's own layer and op, so that
+what is trained is what is served. The result is a PEFT-format folder with a card that tells the recipe and the held-out score.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def _key(layer: str) -> str:
 def save_adapter(folder: Path, training: AdapterTraining, method: str, config: FloraConfig, base: str, card: str) -> None:
     """Write the PEFT-format folder, factors in float16 (under a megabyte each)."""
     factors = {name: (A.half(), B.half()) for name, (A, B) in training.factors().items()}
-    shared = {"base_model_name_or_path": base, "r": training.rank, "target_modules": sorted({n.rsplit(".", 1)[-1] for n in factors})}
+    targets = sorted({name.rsplit(".", 1)[-1] for name in factors})
+    shared = {"base_model_name_or_path": base, "r": training.rank, "target_modules": targets}
     if method == "flora":
         write_flora(folder, factors, {**shared, "combine": config.combine, "init": config.init})
     else:

@@ -1,7 +1,7 @@
 """AdaptedLinear and `inject`: linear layers are swapped from outside, the model's code is never touched.
 
-An AdaptedLinear knows its base layer and its name. What to do in a forward, it reads from the `Serving` that the runner has put on the
-bank for that forward: the method, and for this layer the factors and the routing. Without one it is its base layer.
+An AdaptedLinear knows its base layer and its name. What to do in a forward, it reads from the `Serving` that the runner has put
+on the bank for that forward: the method, and for this layer the factors and the routing. Without one it is its base layer.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class AdaptedLinear(nn.Module):
         return method(x, self.weight, plan.A, plan.B, plan.routing.slots, self.bias, plan.routing)
 
     def merge(self, family: str, A: Tensor, B: Tensor) -> Tensor:
-        """The weight (d_out, d_in) with one adapter of `family` merged in: A (r, d_in), B (r, d_out). The base weight is left alone."""
+        """A new weight (d_out, d_in) with one adapter of `family` merged in: A (r, d_in), B (r, d_out)."""
         merge = ops.merge_flora if family == "flora" else ops.merge_lora
         return merge(self.weight, A, B)
 

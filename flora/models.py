@@ -93,8 +93,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a model by short name, hub id or local folder. safetensors only.
 
-    weights="random" builds the true shapes without reading any weight: created without storage, then filled in place in the final dtype.
-    Raises ModelError with the way out for an unknown name, a gated model, an architecture that is not served, or nonsense options.
+    weights="random" builds the true shapes without reading any weight: created without storage, then filled in place in the final
+    dtype. Raises ModelError with the way out for an unknown name, a gated model, an architecture that is not served, or nonsense
+    options.
     """
     if quantize not in QUANTIZATIONS:
         raise ModelError(f"quantize {quantize!r} is unknown: use int8, nf4 or None")

@@ -1,4 +1,4 @@
-"""Every method as a pure function with one signature; the plain reference comes first and is the truth the others are tested against.
+"""Every method as a pure function with one signature; the plain reference comes first and is what the others are tested against.
 
     x       (n, l, d_in)          n rows (requests) of l tokens
     weight  (d_out, d_in)         the base layer's matrix, shared by all rows
@@ -38,7 +38,7 @@ FAMILY: dict[str, str | None] = {
     "merged": None,
     "base": None,
 }
-"""Which family of adapters each method serves; `merged` takes the tag's fLoRA adapter, else its LoRA adapter, and `base` takes none."""
+"""Which family of adapters each method serves; `merged` takes the tag's fLoRA adapter, else its LoRA one, `base` none."""
 
 METHODS = tuple(FAMILY)
 
@@ -173,7 +173,7 @@ def flora_expand(
 def flora_modulate(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, slots: Tensor, bias: Tensor | None = None, routing: Routing | None = None
 ) -> Tensor:
-    """fLoRA with each adapter's weight ∘ (Bᵀ A) formed once for all its rows. Multiply-adds ≈ (r + n · l) · d_in · d_out per adapter."""
+    """fLoRA with each adapter's weight ∘ (Bᵀ A) formed once for its rows. Multiply-adds ≈ (r + n · l) · d_in · d_out each."""
     routing = _route_at_full_rank(A, slots, routing)
 
     def serve(segment: Segment, rows: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def flora_modulate(
 def flora(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, slots: Tensor, bias: Tensor | None = None, routing: Routing | None = None
 ) -> Tensor:
-    """fLoRA in the form that `flora.cost` expects to be cheaper for this batch: `flora_expand` or `flora_modulate`. Both are exact."""
+    """fLoRA in the form that `flora.cost` expects to be cheaper for this batch. Both forms are exact."""
     routing = _route_at_full_rank(A, slots, routing)
     tokens_and_ranks = [(segment.rows.shape[0] * x.shape[1], segment.rank) for segment in routing.segments]
     form = cheaper_form(tokens_and_ranks, weight.element_size(), x.device.type)

@@ -1,8 +1,8 @@
 """FloraConfig: what a fLoRA adapter is, as a PEFT configuration, and how its factors start.
 
 The released code of the paper starts every factor at one and takes the mean over components: all r components then get the same
-gradient and stay the same for ever, a rank-1 adapter at r times the cost. The default here starts exactly at the base model and breaks
-the symmetry: component 1 is all ones, the others have A ~ N(0, init_std²) and B = 0, and components are summed.
+gradient and stay the same for ever, a rank-1 adapter at r times the cost. The default here starts exactly at the base model and
+breaks the symmetry: component 1 is all ones, the others have A ~ N(0, init_std²) and B = 0, and components are summed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 
 from flora.errors import AdapterError
@@ -22,8 +23,9 @@ INITS = ("identity", "noise", "ones")
 class FloraConfig(PeftConfig):
     """A fLoRA adapter's configuration; saved beside its weights as adapter_config.json.
 
-    r: rank, the number of components. target_modules: names (or name ends) of the linear layers. init: "identity" (default), "noise"
-    (ones plus N(0, init_std²)) or "ones" (the paper's code; every component stays equal). combine: "sum" or "mean" over components.
+    r: rank, the number of components. target_modules: names (or name ends) of the linear layers. init: "identity" (default),
+    "noise" (ones plus N(0, init_std²)) or "ones" (the paper's code; every component stays equal). combine: "sum" or "mean" over
+    components.
     """
 
     r: int = field(default=4, metadata={"help": "rank: the number of components"})
@@ -43,6 +45,10 @@ class FloraConfig(PeftConfig):
             self.combine = "sum" if self.init == "identity" else "mean"
         if self.combine not in ("sum", "mean"):
             raise AdapterError(f"combine {self.combine!r} is unknown: choose sum or mean")
+
+
+# PEFT's enum of types is closed, but the table that `PeftConfig.from_pretrained` looks a type up in takes any key.
+PEFT_TYPE_TO_CONFIG_MAPPING["FLORA"] = FloraConfig
 
 
 def initial_factors(config: FloraConfig, d_in: int, d_out: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

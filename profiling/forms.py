@@ -1,7 +1,8 @@
 """fLoRA's two exact forms, one layer at a time: when is each cheaper, and does `flora` choose well?
 
-For each width, number of tokens per adapter and rank, one call of the bare layer, of `flora-expand`, of `flora-modulate` and of `flora`
-are timed in turn, round after round, on the same tensors. A method's figure is the median over rounds of its time over the bare layer's.
+For each width, number of tokens per adapter and rank, one call of the bare layer, of `flora-expand`, of `flora-modulate` and of
+`flora` are timed in turn, round after round, on the same tensors. A method's figure is the median over rounds of its time over
+the bare layer's.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def measure(max_new_tokens: int = workload.MAX_NEW_TOKENS, timeout_s: float = 12
     """Start the app, load its first page, run the ready batch with fLoRA and bmm-LoRA twice, and hold it against `PROMISES`.
 
     The ready batch's time is the first run's, which a first visitor waits for: upload, queue, warm-up and the check included.
-    Peak memory is the resident memory of the app's process and its children, sampled 20 times a second. Raises FloraError where the app
-    does not come up within timeout_s.
+    Peak memory is the resident memory of the app's process and its children, sampled 20 times a second. Raises FloraError where
+    the app does not come up within timeout_s.
     """
     with _running_app(timeout_s) as (url, first_page_s, process):
         with _peak_memory(process) as peak:
@@ -74,7 +74,9 @@ def measure(max_new_tokens: int = workload.MAX_NEW_TOKENS, timeout_s: float = 12
 def _uploaded(rows: list[dict]) -> list[dict]:
     requests = []
     for row in rows:
-        source = {"prompt": row["prompt"]} if "prompt" in row else {"audio": handle_file(str(workload.ASSETS.parent / row["audio"]))}
+        source = (
+            {"prompt": row["prompt"]} if "prompt" in row else {"audio": handle_file(str(workload.ASSETS.parent / row["audio"]))}
+        )
         requests.append(source | {"adapter": row["adapter"]})
     return requests
 
@@ -87,7 +89,9 @@ def _running_app(timeout_s: float) -> Iterator[tuple[str, float, subprocess.Pope
         port = probe.getsockname()[1]
     command = [sys.executable, str(workload.ASSETS.parent / "app.py"), "--host", "127.0.0.1", "--port", str(port)]
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "0"})
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "0"}
+    )
     try:
         url = f"http://127.0.0.1:{port}/"
         while True:
