@@ -111,11 +111,14 @@ class AdapterBank:
 
         Raises AdapterError before anything changes where two adapters share a family or a layer or shape does not fit the model.
         """
+        if not isinstance(name, str) or not name.strip():
+            raise AdapterError(f"an adapter's tag must be a word, not {name!r}: requests could never name it")
         if not adapters:
             raise AdapterError(f"adapter {name!r} has no checkpoint: name at least one folder or hub id")
         families = [adapter.family for adapter in adapters]
-        if len(set(families)) != len(families):
-            raise AdapterError(f"adapter {name!r} has two checkpoints of the family {families[0]}: give one of each family")
+        for family in families:
+            if families.count(family) > 1:
+                raise AdapterError(f"adapter {name!r} has two checkpoints of the family {family}: give one of each family")
         for adapter in adapters:
             self._check(name, adapter)
         slot = self._free.pop() if self._free else self._grow_slots()
