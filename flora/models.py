@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -61,24 +62,26 @@ def choose_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ModelError(f"device {device!r} is unknown: use auto, cpu or cuda") from error
+    if chosen.type not in ("cpu", "cuda") and not (chosen.type == "mps" and torch.backends.mps.is_available()):
+        raise ModelError(f"device {chosen.type} is none that this machine can run a model on: use auto, cpu or cuda")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("device cuda was asked for, but this machine has no GPU that PyTorch can use; use --device cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {chosen} was asked for, but this machine has {torch.cuda.device_count()} GPUs, counted from 0")
     return chosen
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, config: PreTrainedConfig) -> torch.dtype:
     """ "auto": float32 on a CPU; on a GPU the checkpoint's half precision, or bfloat16 where it was saved in float32."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype == "auto":
         if device.type == "cpu":
             return torch.float32
         saved = getattr(config, "dtype", None)
         return saved if saved in (torch.float16, torch.bfloat16) else torch.bfloat16
-    chosen = getattr(torch, str(dtype), None)
-    if chosen not in (torch.float32, torch.bfloat16, torch.float16):
+    chosen = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    if chosen not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ModelError(f"dtype {dtype!r} is unknown: use auto, float32, bfloat16 or float16")
     return chosen
 
@@ -104,7 +107,7 @@ def load_model(
     if weights == "random" and quantize is not None:
         raise ModelError("random weights cannot be quantised; choose weights='pretrained' or quantize=None")
     source = KNOWN_MODELS.get(str(name), str(name))
-    display = str(name) if source != str(name) or not Path(source).exists() else Path(source).name
+    display = str(name) if source != str(name) or not Path(source).exists() else Path(source).resolve().name
     if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         known = ", ".join(KNOWN_MODELS)
         raise ModelError(f"model {Path(source).name!r} is neither a folder here nor a hub id; short names are {known}")
@@ -121,7 +124,12 @@ def load_model(
         if quantize is not None:
             options["quantization_config"] = _quantization(quantize, chosen_dtype)
             options["device_map"] = {"": chosen_device}
-        model = _explained(auto_model.from_pretrained, source, display, **options)
+        model, info = _explained(auto_model.from_pretrained, source, display, output_loading_info=True, **options)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ModelError(
+                f"model {display} lacks {len(missing)} of its weights, {missing[0]} first, which would be random: download it again"
+            )
         if quantize is None:
             model = model.to(chosen_device)
     return LoadedModel(kind, display, model.eval().requires_grad_(False), processor)
@@ -187,8 +195,10 @@ def _explained(load: Any, source: str, display: str, **options: Any) -> Any:
             f"model {display} could not be loaded: check the name, the network and that the folder holds config.json, "
             "model.safetensors and the tokenizer's files"
         ) from error
+    except SafetensorError as error:
+        raise ModelError(f"model {display}: its .safetensors file is truncated or not one; download it again") from error
     except (ValueError, KeyError, ImportError, RuntimeError) as error:
         logging.getLogger(__name__).info("loading %s failed", display, exc_info=error)
-        raise ModelError(
-            f"model {display} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-        ) from error
+        place = str(Path(source).absolute())  # where the folder lies is nobody's business
+        reason = str(error).replace(place, display).strip().partition("\n")[0][:200]
+        raise ModelError(f"model {display} could not be loaded ({type(error).__name__}: {reason})") from error
