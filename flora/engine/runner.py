@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from flora.bank import AdapterBank, BatchServing
 from flora.engine.cache import RowCache, prompt_mask, token_mask
 from flora.engine.request import Request
-from flora.errors import AudioError, RequestError
+from flora.errors import AudioError, ModelError, RequestError
 from flora.models import LoadedModel
 
 SILENCE = 1e-4
@@ -258,7 +259,7 @@ class _StartTokens:
             forced = getattr(generation_config, "forced_decoder_ids", None) or []
             ids += [token for _, token in sorted(forced)]
         if language is not None:
-            ids[1:2] = [lang_to_id[language if language in lang_to_id else f"<|{language}|>"]]
+            ids[1:2] = [_language_id(language, lang_to_id)]
         elif lang_to_id and (len(ids) == 1 or ids[1] is None):
             self.language_ids = sorted(lang_to_id.values())
             ids[1:2] = [self.language_ids[0]]
@@ -268,6 +269,15 @@ class _StartTokens:
         if no_timestamps is not None and not getattr(generation_config, "return_timestamps", False) and ids[-1] != no_timestamps:
             ids.append(no_timestamps)
         self.known = tuple(token for token in ids if token is not None)
+
+
+def _language_id(language: str, lang_to_id: dict[str, int]) -> int:
+    """The token of a language given as its token, its code or its English name, as `generate` takes them."""
+    code = str(language).lower()
+    for candidate in (code, f"<|{code}|>", f"<|{TO_LANGUAGE_CODE.get(code)}|>"):
+        if candidate in lang_to_id:
+            return lang_to_id[candidate]
+    raise ModelError(f"the model's generation configuration asks for the language {language!r}, for which it has no token")
 
 
 def check_samples(audio: Any) -> np.ndarray:
