@@ -47,6 +47,7 @@ def train(
     steps: int,
     learning_rate: float,
     run_folder: Path,
+    stop: int | None = None,
     warmup: int = 100,
     weight_decay: float = 0.01,
     clip_norm: float = 1.0,
@@ -55,6 +56,9 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """Train `model` in place on an endless iterator of keyword batches; `model(**batch).loss` is minimised.
+
+    The learning rate is planned for `steps` steps; with `stop`, training leaves that plan after so many of them, and a
+    second call with fewer `steps` cools down from there.
 
     The log goes to `run_folder`/log.jsonl, a row per 50 steps and one per evaluation (every `checkpoint_every` steps).
     """
@@ -67,7 +71,8 @@ def train(
     log = (run_folder / "log.jsonl").open("a", encoding="utf-8")
     started, running = time.perf_counter(), None
     model.train()
-    progress = tqdm(range(first, steps), initial=first, total=steps, mininterval=5.0)
+    last = steps if stop is None else min(stop, steps)
+    progress = tqdm(range(first, last), initial=first, total=last, mininterval=5.0)
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, learning_rate, warmup)
@@ -85,7 +90,7 @@ def train(
             log.write(json.dumps(row) + "\n")
             log.flush()
             progress.set_postfix(loss=f"{running:.3f}")
-        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+        if (step + 1) % checkpoint_every == 0 or step + 1 == last:
             save_checkpoint(run_folder, model, optimizer, step + 1)
             if evaluate is not None:
                 model.eval()

@@ -209,7 +209,9 @@ def model_card(
     """The README of the model folder."""
     config = model.config
     shape = f"width {config.d_model}, {config.encoder_layers} encoder and {config.decoder_layers} decoder layers"
-    other_share = (1.0 - options.english_share) / (len(LANGUAGES) - 1)
+    cooldown = options.cooldown_steps / options.steps
+    english_share = (1.0 - cooldown) * options.english_share + cooldown * options.cooldown_english_share
+    other_share = (1.0 - english_share) / (len(LANGUAGES) - 1)
     rows = "\n".join(f"| {LANGUAGES[tag].name} | `{tag}` | {100 * rate:.1f} % |" for tag, rate in rates.items())
     others = [rate for tag, rate in rates.items() if tag != "en"]
     return f"""---
@@ -225,7 +227,7 @@ A Whisper of {model.num_parameters() / 1e6:.2f} M parameters ({shape},
 trained from scratch so that the demo runs offline on a CPU. It reads short spoken phrases: two to four digits, or a
 command such as "open the door", with or without a number. It knows nothing else.
 
-It is meant as a *base* for adapters: {100 * options.english_share:.0f} % of its training clips are English and
+It is meant as a *base* for adapters: {100 * english_share:.0f} % of its training clips are English and
 {100 * other_share:.1f} % in each of the other six languages, so it is good at English and weak at the others.
 
 ```python
@@ -243,9 +245,10 @@ The weights are stored in float16 and load as float32.
 
 Corpus: `flora/corpus/speech.py`, spoken by espeak-ng ({options.english_clips} English clips, {options.clips} in each
 other language). Mongolian is read by the Kazakh voice, since espeak-ng has no Mongolian one. AdamW, batch
-{options.batch_size}, {options.steps} steps, peak learning rate {options.learning_rate:g} after {options.warmup} steps
-of warm-up, then cosine; {"float32" if options.float32 else "bfloat16 autocast"}; clips moved within their window, bands
-of mel bins blanked.
+{options.batch_size}, {options.steps} steps: warm-up over {options.warmup}, a learning rate of
+{options.learning_rate:g} and a cosine planned for {options.planned_steps}, with {100 * options.english_share:.0f} %
+English; then, in the last {options.cooldown_steps}, down to zero with
+{100 * options.cooldown_english_share:.0f} %. Clips are moved within their window and bands of mel bins blanked; {"float32" if options.float32 else "bfloat16 autocast"}.
 
     python -m flora.pretrain speech
 
@@ -305,10 +308,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--held-out-clips", type=int, default=200, help="held-out clips per language, for the model card"
     )
-    parser.add_argument(
-        "--english-share", type=float, default=0.82, help="of the training batches; the others share the rest"
-    )
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--english-share", type=float, default=0.82, help="of the batches; the others share the rest")
+    parser.add_argument("--cooldown-english-share", type=float, default=0.9, help="the same, in the last steps")
+    parser.add_argument("--steps", type=int, default=2100, help="in all")
+    parser.add_argument("--cooldown-steps", type=int, default=600, help="the last of them, at a fast falling rate")
+    parser.add_argument("--planned-steps", type=int, default=4000, help="that the first part's learning rate is for")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--warmup", type=int, default=200)
@@ -358,24 +362,28 @@ def main(options: argparse.Namespace) -> int:
         save_model(options.run / "model", model, processor, model_card(model, options, measured, 50))
         return measured
 
-    shares = {
-        tag: options.english_share if tag == "en" else (1.0 - options.english_share) / (len(LANGUAGES) - 1)
-        for tag in LANGUAGES
-    }
     train_clips = {tag: dataset[tag, "train"] for tag in LANGUAGES}
     train_features = {tag: log_mel_features(processor, clips) for tag, clips in train_clips.items()}
     print(f"features after {time.perf_counter() - started:.0f} s", flush=True)
-    train(
-        model,
-        batches(processor, train_clips, train_features, shares, options.batch_size, options.seed),
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        run_folder=options.run,
-        warmup=options.warmup,
-        checkpoint_every=options.checkpoint_every,
-        autocast_dtype=None if options.float32 else torch.bfloat16,
-        evaluate=evaluate,
-    )
+
+    def train_with(english_share: float, seed: int, steps: int, stop: int) -> None:
+        share = (1.0 - english_share) / (len(LANGUAGES) - 1)
+        shares = {tag: english_share if tag == "en" else share for tag in LANGUAGES}
+        train(
+            model,
+            batches(processor, train_clips, train_features, shares, options.batch_size, seed),
+            steps=steps,
+            stop=stop,
+            learning_rate=options.learning_rate,
+            run_folder=options.run,
+            warmup=options.warmup,
+            checkpoint_every=options.checkpoint_every,
+            autocast_dtype=None if options.float32 else torch.bfloat16,
+            evaluate=evaluate,
+        )
+
+    train_with(options.english_share, options.seed, options.planned_steps, options.steps - options.cooldown_steps)
+    train_with(options.cooldown_english_share, options.seed + 1, options.steps, options.steps)
     measured = rates(options.held_out_clips)
     save_model(options.output, model, processor, model_card(model, options, measured, options.held_out_clips))
     size = sum(file.stat().st_size for file in options.output.iterdir())
