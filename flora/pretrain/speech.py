@@ -248,7 +248,8 @@ other language). Mongolian is read by the Kazakh voice, since espeak-ng has no M
 {options.batch_size}, {options.steps} steps: warm-up over {options.warmup}, a learning rate of
 {options.learning_rate:g} and a cosine planned for {options.planned_steps}, with {100 * options.english_share:.0f} %
 English; then, in the last {options.cooldown_steps}, down to zero with
-{100 * options.cooldown_english_share:.0f} %. Clips are moved within their window and bands of mel bins blanked; {"float32" if options.float32 else "bfloat16 autocast"}.
+{100 * options.cooldown_english_share:.0f} %. Clips are moved within their window and bands of mel bins blanked;
+{"float32" if options.float32 else "bfloat16 autocast"}.
 
     python -m flora.pretrain speech
 
