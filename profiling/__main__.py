@@ -71,17 +71,20 @@ def _compare(options: argparse.Namespace) -> int:
         report.check_suffix(options.report)
 
     engines, requests, audio_names = _load(options)
-    print(f"{hardware.summary(hardware.environment(engines))}\n", file=sys.stderr if options.json == "-" else sys.stdout)
+    said = sys.stderr if options.json == "-" else sys.stdout  # rows on stdout stay alone there
+    print(hardware.summary(hardware.environment(engines)), end="\n\n", file=said)
     result = _run(engines, requests, methods, options, audio_names)
     for index, message in result.failures.items():
         print(f"row {index + 1} is left out: {message}", file=sys.stderr)
     if not result.methods and not result.stopped:
         raise RequestError("no row of the batch could be measured")
-    print(report.text(result))
-    if options.json:
-        _write(options.json, result.to_jsonl())
+    print(report.text(result), file=said)
+    if options.json == "-":
+        sys.stdout.write(result.to_jsonl())
+    elif options.json:
+        report.write_text(options.json, result.to_jsonl())
     if options.report:
-        _write(options.report, report.render(result, options.report))
+        report.write_report(result, options.report)
     return 130 if result.stopped else 0
 
 
@@ -161,6 +164,7 @@ def _run(
             seed=options.seed,
             should_stop=lambda: bool(interrupts),
             audio_names=audio_names,
+            model_names={kind: getattr(options, f"{kind}_model") for kind in engines if getattr(options, f"{kind}_model")},
         ):
             if isinstance(event, Progress):
                 bar.set_description(event.stage, refresh=False)
@@ -172,17 +176,6 @@ def _run(
         bar.close()
         signal.signal(signal.SIGINT, before)
     raise AssertionError("a comparison ends with Finished")
-
-
-def _write(path: str, text: str) -> None:
-    if path == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-    except OSError as error:
-        raise RequestError(f"cannot write {path!r}: {error.strerror}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

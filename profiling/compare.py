@@ -294,6 +294,7 @@ def compare(
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
     audio_names: Mapping[int, str] | None = None,
+    model_names: Mapping[str, str] | None = None,
 ) -> Iterator[CompareEvent]:
     """Run `requests` under every method, paired and interleaved, and yield what happens; the last event is `Finished`.
 
@@ -301,7 +302,8 @@ def compare(
     warmup_steps: decode steps, after a prefill, that each method takes on each kind before any clock runs.
     repeats: how often the whole batch is generated; steps and times of all repeats count. seed: for sampling (plus the
     repeat) and the bootstrap. should_stop: asked before every forward; once true, what was measured so far is the
-    result, with `stopped` set. audio_names: index → the clip's file name, for the command that reproduces the run.
+    result, with `stopped` set. audio_names (index → the clip's file) and model_names (kind → what the model was loaded
+    by) are for the command that reproduces the run.
 
     A request that a method cannot serve fails alone (`RowFailed`); the rest runs. Raises RequestError at once for an
     empty batch, an unknown method, a method given twice, or nonsense counts.
@@ -311,7 +313,10 @@ def compare(
         raise RequestError("the batch is empty: add a code prompt or an audio clip")
     if warmup_steps < 0 or repeats < 1:
         raise RequestError("the warm-up cannot be shorter than 0 steps, nor the repeats fewer than 1")
-    comparison = _Comparison(engines, list(requests), methods, warmup_steps, repeats, seed, should_stop, dict(audio_names or {}))
+    command = workload.command_line(
+        engines, requests, methods, warmup_steps, repeats, seed, audio_names=audio_names or {}, model_names=model_names or {}
+    )
+    comparison = _Comparison(engines, list(requests), methods, warmup_steps, repeats, seed, should_stop, command)
     return comparison.run()
 
 
@@ -340,10 +345,10 @@ class _Comparison:
         repeats: int,
         seed: int,
         should_stop: Callable[[], bool],
-        audio_names: dict[int, str],
+        command: str,
     ) -> None:
         self.engines, self.requests, self.methods = engines, requests, methods
-        self.repeats, self.seed, self.should_stop, self.audio_names = repeats, seed, should_stop, audio_names
+        self.repeats, self.seed, self.should_stop, self.command = repeats, seed, should_stop, command
         self.wanted_warmup_steps = warmup_steps
         self.stopped = False
         self.failures: dict[int, str] = {}
@@ -448,7 +453,8 @@ class _Comparison:
                     generation = self._start(batch, method, batch.requests, self.seed + repeat)
                     if generation is None:
                         yield from self._failed({index: self.failures[index] for index in batch.indices})
-                        generations = {key: kept for key, kept in generations.items() if key[0] != batch.kind}
+                        for key in [key for key in generations if key[0] == batch.kind]:
+                            generations.pop(key).close()
                         break
                     self.prepare_s.setdefault((batch.kind, method), []).append(time.perf_counter() - started)
                     generations[batch.kind, method] = generation
@@ -456,43 +462,40 @@ class _Comparison:
                         self.rows.setdefault((index, method), []).append(_Row())
             clocks = dict.fromkeys(generations, 0.0)
             while not self.stopped and not all(generation.done for generation in generations.values()):
-                # What is told is told after the turn is over: whoever listens must not work between one method's step
-                # and the other's.
-                yield from self._take_turns(repeat, generations, clocks)
+                for method in self.methods:
+                    yield from self._take_turn(repeat, method, generations, clocks)
                 self.step += 1
             self.chosen_logits = {key: generation.chosen_logits for key, generation in generations.items()}
         finally:
             for generation in generations.values():
                 generation.close()
 
-    def _take_turns(
-        self, repeat: int, generations: dict[tuple[str, str], Generation], clocks: dict[tuple[str, str], float]
+    def _take_turn(
+        self, repeat: int, method: str, generations: dict[tuple[str, str], Generation], clocks: dict[tuple[str, str], float]
     ) -> list[CompareEvent]:
-        """One step of every method on every kind.
+        """One step of one method on every kind; then, off every clock, what came of it is noted and told.
 
-        A method takes its steps of all kinds before the next method's turn. So whatever a step finds in the processor's
-        caches was left there by the same neighbour each time, whichever method it is; were the two methods' steps of
-        one model neighbours, the second would find the model's weights warm.
+        Every turn is the same sequence: the code model's step, the speech model's, the notes, the listeners. So a step finds the
+        processor's caches as its neighbour left them, and that is the same neighbour for every method. Were two methods' steps of
+        one model neighbours, or the notes taken once for both, one of them would have the better start.
         """
-        turns: list[tuple[_Batch, StepTimed, list[TokenEvent | FinishEvent], float]] = []
-        for method in self.methods:
-            for batch in self.batches:
-                generation = generations[batch.kind, method]
-                if not generation.done and not self._asks_to_stop():
-                    phase = generation.phase
-                    news, seconds = timed(generation.step, batch.engine.device)
-                    clocks[batch.kind, method] += seconds
-                    num_new_tokens = sum(isinstance(event, TokenEvent) for event in news)
-                    timing = StepTimed(self.step, batch.kind, method, phase, seconds, num_new_tokens, repeat)
-                    turns.append((batch, timing, news, clocks[batch.kind, method]))
+        timings: list[tuple[_Batch, StepTimed, list[TokenEvent | FinishEvent]]] = []
+        for batch in self.batches:
+            generation = generations[batch.kind, method]
+            if not generation.done and not self._asks_to_stop():
+                phase = generation.phase
+                news, seconds = timed(generation.step, batch.engine.device)
+                num_new_tokens = sum(isinstance(event, TokenEvent) for event in news)
+                timings.append((batch, StepTimed(self.step, batch.kind, method, phase, seconds, num_new_tokens, repeat), news))
         events: list[CompareEvent] = []
-        for batch, timing, news, clock in turns:
+        for batch, timing, news in timings:
             self.steps.append(timing)
-            events += [timing, *self._note(batch, timing.method, news, clock)]
-        if turns:
-            taken = self.step + 1
-            prefill = all(timing.phase == "prefill" for _, timing, _, _ in turns)
-            events.append(Progress("prefill", 1, 1) if prefill else Progress("decode", taken, max(taken, self.planned_steps)))
+            clocks[batch.kind, method] += timing.seconds
+            events += [timing, *self._note(batch, method, news, clocks[batch.kind, method])]
+        if timings:
+            stage = "prefill" if all(timing.phase == "prefill" for _, timing, _ in timings) else "decode"
+            taken = self.step + (method == self.methods[-1])
+            events.append(Progress(stage, taken, max(taken, self.planned_steps)))
         return events
 
     def _note(self, batch: _Batch, method: str, news: Sequence[TokenEvent | FinishEvent], clock: float) -> Iterator[RowText]:
@@ -518,7 +521,10 @@ class _Comparison:
                     return
                 rows = [self.rows[index, method][-1] for index in batch.indices]
                 token_ids, logits = [row.token_ids for row in rows], self.chosen_logits[batch.kind, method]
-                self.agreements[batch.kind, method] = batch.engine.verify(batch.requests, token_ids, method, logits)
+                requests = batch.requests
+                if method == BASE:  # its reference is the base model too, whatever adapters were asked for
+                    requests = [dataclasses.replace(request, adapter=None) for request in requests]
+                self.agreements[batch.kind, method] = batch.engine.verify(requests, token_ids, method, logits)
                 done += 1
                 yield Progress("checking", done, total)
 
@@ -552,15 +558,7 @@ class _Comparison:
             peak_memory_bytes=peak_bytes,
             peak_memory_of=peak_of,
             environment=hardware.environment(used),
-            command=workload.command_line(
-                self.engines,
-                self.requests,
-                self.methods,
-                self.wanted_warmup_steps,
-                self.repeats,
-                self.seed,
-                self.audio_names,
-            ),
+            command=self.command,
         )
 
     def _figures(self, method: str, batches: Sequence[_Batch]) -> MethodFigures:

@@ -21,6 +21,8 @@ import transformers
 if TYPE_CHECKING:
     from flora.engine import Engine
 
+PROJECT = Path(__file__).resolve().parents[1]
+
 
 @cache
 def cpu_model() -> str:
@@ -66,9 +68,11 @@ def model_facts(engine: Engine) -> dict:
 
 
 def public_name(name: str) -> str:
-    """A model's hub id or relative folder as it is; of a path outside this folder only the last part."""
+    """A hub id or relative folder as it is; a path of this project from its root; of any other path the last two parts."""
     path = Path(name)
-    return path.name if path.is_absolute() or ".." in path.parts or name.startswith("~") else name
+    if path.is_relative_to(PROJECT):
+        return path.relative_to(PROJECT).as_posix()
+    return "/".join(path.parts[-2:]) if path.is_absolute() or ".." in path.parts or name.startswith("~") else name
 
 
 def environment(engines: Mapping[str, Engine] | None = None) -> dict:

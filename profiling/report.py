@@ -13,7 +13,7 @@ from pathlib import Path
 from plotly.offline import get_plotlyjs
 
 from flora.errors import RequestError
-from profiling import figures, hardware
+from profiling import figures
 from profiling.compare import ComparisonResult, MethodFigures
 from profiling.timing import Ratio
 
@@ -310,6 +310,14 @@ def render(result: ComparisonResult, path: str | os.PathLike) -> str:
     return _FORMATS[Path(path).suffix.lower()](result)
 
 
-def environment_line(result: ComparisonResult) -> str:
-    """What it was measured on, in one line."""
-    return hardware.summary(result.environment)
+def write_report(result: ComparisonResult, path: str | os.PathLike) -> None:
+    """Write the report in the format that the suffix of `path` asks for; RequestError where it cannot be written."""
+    write_text(path, render(result, path))
+
+
+def write_text(path: str | os.PathLike, content: str) -> None:
+    """Write a file as it is, or raise RequestError with the reason."""
+    try:
+        Path(path).write_bytes(content.encode("utf-8"))
+    except OSError as error:
+        raise RequestError(f"cannot write {Path(path).name!r}: {error.strerror}") from error

@@ -9,19 +9,19 @@ import os
 import shlex
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
 import torch
 
+from flora.corpus.code import example_prompts
+from flora.engine import Engine, Request
 from flora.errors import AudioError, RequestError
 from profiling.hardware import public_name
-
-if TYPE_CHECKING:
-    from flora.engine import Engine, Request
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 SAMPLING_RATE = 16_000  # Hz, what Whisper listens to
@@ -135,6 +135,17 @@ def discover_adapters(folder: str | os.PathLike) -> dict[str, list[Path]]:
     return found
 
 
+def given_adapters(entries: Sequence[str]) -> dict[str, list[str]]:
+    """The adapters that a command line names as TAG=FOLDER, tag → folders; a tag may come twice, once per family."""
+    adapters: dict[str, list[str]] = {}
+    for entry in entries:
+        tag, equals, folder = entry.partition("=")
+        if not (tag and equals and folder):
+            raise RequestError(f"an adapter is given as TAG=FOLDER, not {entry!r}")
+        adapters.setdefault(tag, []).append(folder)
+    return adapters
+
+
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
@@ -155,6 +166,11 @@ def example_clips() -> list[dict[str, str]]:
     return json.loads((ASSETS / "clips" / "clips.json").read_text(encoding="utf-8"))
 
 
+@cache
+def _first_prompts() -> dict[str, str]:
+    return {tag: prompts[0] for tag, prompts in example_prompts().items()}
+
+
 def ready_rows(adapters: Mapping[str, Collection[str]], rows_per_kind: int = 4, max_new_tokens: int = MAX_NEW_TOKENS) -> list[dict]:
     """The batch the demo opens with: a code prompt and a clip for each of the first four languages that have an
     adapter.
@@ -162,9 +178,7 @@ def ready_rows(adapters: Mapping[str, Collection[str]], rows_per_kind: int = 4, 
     adapters: kind → the tags that an adapter exists for (an engine's `adapters` will do). A kind with fewer than four
     is filled up with requests to the base model in the remaining languages, and a kind that is missing gets no rows.
     """
-    from flora.corpus.code import example_prompts
-
-    prompts = {tag: examples[0] for tag, examples in example_prompts().items() if examples}
+    prompts = _first_prompts()
     clips: dict[str, str] = {}
     for clip in example_clips():
         clips.setdefault(clip["tag"], f"assets/clips/{clip['file']}")
@@ -184,8 +198,6 @@ def request_from_row(row: Mapping[str, Any], folder: str | os.PathLike = ".", ma
     is the engine's to say. max_new_tokens: for a row that does not say.
     Raises RequestError for a row that makes no sense, AudioError for a clip that cannot be read.
     """
-    from flora.engine import Request
-
     if not isinstance(row, Mapping):
         raise RequestError(f'a row of a batch is an object such as {{"prompt": "…", "adapter": "lua"}}, not {json.dumps(row)[:40]}')
     for field, value in row.items():
@@ -251,6 +263,7 @@ def command_line(
     repeats: int,
     seed: int,
     audio_names: Mapping[int, str],
+    model_names: Mapping[str, str],
 ) -> str:
     """The `python -m profiling compare …` that makes the same comparison again, quoted for a shell; what the command
     assumes anyway is left out.
@@ -263,8 +276,9 @@ def command_line(
     words = ["python", "-m", "profiling", "compare", "--methods", *methods]
     for kind in kinds:
         engine = engines[kind]
-        if engine.name != kind:  # the embedded models' folders are named after their kind
-            words += [f"--{kind}-model", public_name(engine.name)]
+        name = model_names.get(kind, engine.name)
+        if name != kind:  # the embedded models' folders are named after their kind
+            words += [f"--{kind}-model", public_name(name)]
         given = _adapters_given(engine, kind, {row["adapter"] for row in rows if SOURCES[kind] in row})
         words += [f"--{kind}-adapters", *given] if given else []
     for option, values in (
