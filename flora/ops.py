@@ -167,7 +167,10 @@ def flora_expand(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, slots: Tensor, bias: Tensor | None = None, routing: Routing | None = None
 ) -> Tensor:
     """fLoRA as the paper computes it (Eq. 6): Σ rank rows through one shared product. Multiply-adds ≈ r · n · l · d_in · d_out."""
-    return expand_around(partial(linear, weight=weight), x, A, B, _route_at_full_rank(A, slots, routing), bias)
+    routing = _route_at_full_rank(A, slots, routing)
+    if routing.uniform_rank == 0:
+        return linear(x, weight, bias)  # to the last bit: a bias added later rounds differently
+    return expand_around(partial(linear, weight=weight), x, A, B, routing, bias)
 
 
 def flora_modulate(
