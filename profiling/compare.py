@@ -493,9 +493,14 @@ class _Comparison:
             clocks[batch.kind, method] += timing.seconds
             events += [timing, *self._note(batch, method, news, clocks[batch.kind, method])]
         if timings:
-            stage = "prefill" if all(timing.phase == "prefill" for _, timing, _ in timings) else "decode"
-            taken = self.step + (method == self.methods[-1])
-            events.append(Progress(stage, taken, max(taken, self.planned_steps)))
+            turn = self.methods.index(method) + 1
+            taken = self.step + (turn == len(self.methods))
+            prefill = all(timing.phase == "prefill" for _, timing, _ in timings)
+            events.append(
+                Progress("prefill", turn, len(self.methods))
+                if prefill
+                else Progress("decode", taken, max(taken, self.planned_steps))
+            )
         return events
 
     def _note(self, batch: _Batch, method: str, news: Sequence[TokenEvent | FinishEvent], clock: float) -> Iterator[RowText]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from profiling.compare import StepTimed
 
 MAX_POINTS = 1000  # per trace; longer series are drawn as medians of equally many neighbours
+SPIKE = 3.0  # the axis ends at so many times the 90th percentile at most
 TEXT_COLOUR = "#7d7d7d"
 GRID_COLOUR = "rgba(128, 128, 128, 0.22)"
 
@@ -83,7 +84,7 @@ def _decode_steps(steps: Iterable[StepTimed], methods: Sequence[str]) -> dict[st
 
 
 def _chart(series: Mapping[str, Mapping[int, float]], num_steps: int, unit: str, title: str, hover: str, direction: str) -> Chart:
-    traces, medians, highest, longest = [], [], 0.0, 0
+    traces, medians, drawn, longest = [], [], [], 0
     for method, points in series.items():
         style = METHOD_STYLES[method]
         x, y = _thinned(np.array(list(points), dtype=float), np.array(list(points.values()), dtype=float))
@@ -101,13 +102,19 @@ def _chart(series: Mapping[str, Mapping[int, float]], num_steps: int, unit: str,
         )
         if points:
             medians.append(f"{style.label} {np.median(list(points.values())):.4g}")
-            highest, longest = max(highest, float(y.max())), max(longest, len(points))
-    layout = _layout(title, "step", unit, (0, max(1, num_steps)), (0, _ceiling(highest)))
+            drawn += y.tolist()
+            longest = max(longest, len(points))
+    # A rare spike would press all other points to the floor: it lies above the chart then, and the sentence says so.
+    usual = SPIKE * float(np.quantile(drawn, 0.9)) if drawn else 0.0
+    ceiling = _ceiling(min(usual, max(drawn, default=0.0)))
+    layout = _layout(title, "step", unit, (0, max(1, num_steps)), (0, ceiling))
     if not medians:
         return Chart({"data": traces, "layout": layout}, f"{title}: nothing measured yet.")
     plural = "steps" if longest != 1 else "step"
-    found = f"{title}: {', '.join(medians)} in the median of {longest} {plural}; {direction}."
-    return Chart({"data": traces, "layout": layout}, found)
+    found = f"{title}: {', '.join(medians)} in the median of {longest} {plural}; {direction}"
+    spikes = sum(value > ceiling for value in drawn)
+    beyond = f"; {spikes} {'points lie' if spikes > 1 else 'point lies'} above the axis" if spikes else ""
+    return Chart({"data": traces, "layout": layout}, f"{found}{beyond}.")
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -103,7 +103,12 @@ def environment(engines: Mapping[str, Engine] | None = None) -> dict:
 def summary(facts: Mapping) -> str:
     """One line of `environment(...)` for a head line: device, threads, dtype, versions."""
     dtypes = " + ".join(dict.fromkeys(model["dtype"] for model in facts["models"].values()))
-    parts = [facts["device_name"], f"{facts['threads']} threads", dtypes, f"torch {facts['torch']}"]
+    parts = [
+        facts["device_name"],
+        "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads",
+        dtypes,
+        f"torch {facts['torch']}",
+    ]
     parts += [f"transformers {facts['transformers']}", facts["platform"]]
     return " · ".join(part for part in parts if part)
 

@@ -216,19 +216,20 @@ def _texts_table(result: ComparisonResult) -> tuple[list[str], list[list[str]]]:
 def _environment_lines(result: ComparisonResult) -> list[list[str]]:
     lines = [[name, str(value)] for name, value in result.environment.items() if name != "models"]
     for kind, model in result.environment["models"].items():
-        lines.append([f"{kind} model", ", ".join(f"{name} {value}" for name, value in model.items())])
+        lines += [[f"{kind} model's {name}", str(value)] for name, value in model.items()]
     return lines
 
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --soft: #57606a; --line: #d5d9de; --page: #ffffff; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6e8ea; --soft: #9aa4ae; --line: #353b42; --page: #14171a; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1100px; margin:
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1240px; margin:
 2rem auto; padding: 0 1rem; } h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 th, td { text-align: left; vertical-align: top; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line);
 } th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+td { white-space: nowrap; }
 td.written { white-space: pre-wrap; font-family: ui-monospace, monospace; min-width: 20rem; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); padding: 0.6rem; }
 .soft { color: var(--soft); }

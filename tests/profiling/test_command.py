@@ -30,7 +30,7 @@ def test_it_prints_the_machine_the_figures_and_the_command(arguments, capsys, tm
     rows, page = tmp_path / "rows.jsonl", tmp_path / "report.html"
     assert main([*arguments, "--base", "--json", str(rows), "--report", str(page)]) == 0
     printed = capsys.readouterr().out
-    assert "1 threads" in printed.splitlines()[0] and "step / base model" in printed
+    assert "1 thread ·" in printed.splitlines()[0] and "step / base model" in printed
     assert "n = 4 paired decode steps, 1 warm-up steps" in printed
     records = [json.loads(line) for line in rows.read_text().splitlines()]
     assert len(records) == 9 and page.stat().st_size > 1_000_000

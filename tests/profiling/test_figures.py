@@ -65,6 +65,14 @@ def test_the_axis_stays_while_the_numbers_move_a_little():
     assert len({figure["layout"]["yaxis"]["range"][1] for figure in drawn}) == 1
 
 
+def test_a_rare_spike_does_not_press_the_rest_to_the_floor_and_is_told():
+    steps = measured(40)
+    spike = StepTimed(40, "code", "bmm-lora", "decode", 5.0, 4)
+    figure, sentence = figures.step_times([*steps, spike], ("flora", "bmm-lora"), 48)
+    assert figure["layout"]["yaxis"]["range"][1] < 200 and max(figure["data"][1]["y"]) == 5000
+    assert sentence.endswith("1 point lies above the axis.")
+
+
 @pytest.mark.parametrize("highest", [1e-9, 0.37, 0.999, 1.0, 9.6, 99.99, 123456.0])
 def test_the_ceiling_holds_what_is_below_it(highest):
     ceiling = figures._ceiling(highest)
