@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import Clock, FakeEngine
+from fake_engine import Clock, FakeEngine
 
 from flora.engine import Request
 from flora.errors import FloraError, RequestError
