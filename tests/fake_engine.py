@@ -1,4 +1,4 @@
-"""An engine whose every step takes exactly as long as a test says, for the logic of measuring: turns, clocks, stops and failures."""
+"""An engine whose every step takes exactly as long as a test says: for the turns, clocks, stops and failures of measuring."""
 
 from __future__ import annotations
 
