@@ -1,0 +1,47 @@
+# GNU make 3.81 or newer. PYTHON=python3.12 chooses the interpreter of a new .venv; otherwise the first from 3.10 to 3.13 is taken.
+SHELL := /bin/sh
+.SUFFIXES:
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+HOST ?= 127.0.0.1
+PORT ?= 7860
+PYTEST_ARGS ?=
+VENV := .venv
+export PYTHON
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed ## serve the demo on 127.0.0.1:7860 (HOST= and PORT= change that)
+	@exec $(VENV)/bin/python app.py --host "$(HOST)" --port "$(PORT)"
+
+test: $(VENV)/.installed-dev ## run all tests, in a real browser too where one is found or can be installed (PYTEST_ARGS=)
+	@if browser=$$(sh .ci/tools $(VENV)); then \
+		CHROMIUM="$$browser" $(VENV)/bin/python -m pytest $(PYTEST_ARGS); \
+	elif [ -n "$$FLORA_REQUIRE_BROWSER" ]; then \
+		echo "error: the browser tests are mandatory here, and there is no Chromium or Chrome to run them in" >&2; exit 1; \
+	else \
+		notice="THE BROWSER TESTS ARE SKIPPED: no Chromium or Chrome was found or could be installed. Install one, and run this again."; \
+		echo "$$notice" >&2; $(VENV)/bin/python -m pytest $(PYTEST_ARGS); status=$$?; echo "$$notice" >&2; exit $$status; \
+	fi
+
+lint: $(VENV)/.installed-dev ## check the code with ruff
+	@$(VENV)/bin/ruff check .
+
+clean: ## remove .venv and what tools left behind
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@sh .ci/venv create $(VENV)
+
+$(VENV)/.installed: requirements.txt $(VENV)/bin/python
+	@sh .ci/venv torch $(VENV)
+	@$(VENV)/bin/python -m pip install -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	@$(VENV)/bin/python -m pip install -r requirements-dev.txt
+	@touch $@
