@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +27,9 @@ from transformers.pytorch_utils import Conv1D
 from flora.formats import write_flora
 
 CODE_LAYERS = ("c_attn", "c_proj", "c_fc")
+LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SPEECH_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+LANGUAGES = ("en", "cs", "lt", "hi")
 
 
 def byte_vocabulary(specials: tuple[str, ...]) -> dict[str, int]:
@@ -63,12 +66,25 @@ def save_llama_model(folder: Path, seed: int = 0) -> Path:
     return _save(LlamaForCausalLM(config), byte_tokenizer(), folder)
 
 
-def save_speech_model(folder: Path, seed: int = 0) -> Path:
-    """A Whisper of two and two layers with a window of one second."""
+def save_speech_model(folder: Path, seed: int = 0, languages: tuple[str, ...] = (), **generation_options) -> Path:
+    """A Whisper of two and two layers with a window of one second.
+
+    languages: for a multilingual one, with tokens for them and for its tasks. generation_options: into generation_config.json.
+    """
     torch.manual_seed(seed)
     specials = ("<|endoftext|>", "<|startoftranscript|>")
+    if languages:
+        named = tuple(f"<|{language}|>" for language in languages)
+        specials += (*named, "<|translate|>", "<|transcribe|>", "<|notimestamps|>")
+        generation_options = {
+            "is_multilingual": True,
+            "lang_to_id": {token: specials.index(token) for token in named},
+            "task_to_id": {task: specials.index(f"<|{task}|>") for task in ("translate", "transcribe")},
+            "no_timestamps_token_id": specials.index("<|notimestamps|>"),
+            **generation_options,
+        }
     tokenizer = WhisperTokenizerFast(vocab=byte_vocabulary(specials), merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": [specials[1]]})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(specials[1:])})
     extractor = WhisperFeatureExtractor(feature_size=20, chunk_length=1)
     config = WhisperConfig(
         vocab_size=max(len(tokenizer), 258), num_mel_bins=20, d_model=48, encoder_layers=2, decoder_layers=2,
@@ -76,7 +92,10 @@ def save_speech_model(folder: Path, seed: int = 0) -> Path:
         max_source_positions=50, max_target_positions=40, decoder_start_token_id=1, bos_token_id=0, eos_token_id=0,
         pad_token_id=0, dropout=0.0, init_std=0.2, suppress_tokens=None, begin_suppress_tokens=None,
     )  # fmt: skip
-    return _save(WhisperForConditionalGeneration(config), WhisperProcessor(extractor, tokenizer), folder)
+    model = WhisperForConditionalGeneration(config)
+    for option, value in generation_options.items():
+        setattr(model.generation_config, option, value)
+    return _save(model, WhisperProcessor(extractor, tokenizer), folder)
 
 
 def _save(model, processor, folder: Path) -> Path:
@@ -88,6 +107,34 @@ def _save(model, processor, folder: Path) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def load_plain(folder: Path) -> torch.nn.Module:
+    """The model as transformers alone loads it."""
+    is_whisper = json.loads((folder / "config.json").read_text())["model_type"] == "whisper"
+    auto = WhisperForConditionalGeneration if is_whisper else AutoModelForCausalLM
+    return auto.from_pretrained(folder).eval()
+
+
+def load_merged(folder: Path, adapter: Path | None) -> torch.nn.Module:
+    """The plain model with one adapter merged into its weights by means of its own: the truth that the engine is held against.
+
+    LoRA is merged by PEFT. fLoRA: weight ∘ Σ_k B_k A_kᵀ, or the mean over k, read from the file without flora's help.
+    """
+    model = load_plain(folder)
+    if adapter is None:
+        return model
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    if config["peft_type"] == "LORA":
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    with torch.no_grad():
+        for key in [key for key in tensors if key.endswith(".flora_A")]:
+            A, B = tensors[key], tensors[key.replace("flora_A", "flora_B")]  # (r, d_in), (r, d_out)
+            multiplier = torch.einsum("ko,ki->oi", B, A) / (len(A) if config["combine"] == "mean" else 1)
+            layer = model.get_submodule(key.removeprefix("base_model.model.").removesuffix(".flora_A"))
+            layer.weight *= multiplier.T if isinstance(layer, Conv1D) else multiplier
+    return model
 
 
 def target_layers(model: torch.nn.Module, names: tuple[str, ...]) -> dict[str, tuple[int, int]]:
@@ -121,9 +168,7 @@ def save_flora_adapter(
 def save_peft_lora(folder: Path, model_folder: Path, names: tuple[str, ...], rank: int, seed: int, **options) -> Path:
     """A LoRA checkpoint made and saved by PEFT itself, with random weights on both sides."""
     torch.manual_seed(seed)
-    is_whisper = json.loads((model_folder / "config.json").read_text())["model_type"] == "whisper"
-    auto = WhisperForConditionalGeneration if is_whisper else AutoModelForCausalLM
-    model = auto.from_pretrained(model_folder)
+    model = load_plain(model_folder)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(names), init_lora_weights=False, **options)
     peft_model = get_peft_model(model, config)
     with torch.no_grad():
