@@ -1,0 +1,406 @@
+"""Adapter checkpoints: PEFT's answers are ours, and every broken folder is named before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from flora import AdapterError, CheckpointError
+from flora.formats import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_flora, write_lora
+
+# ------------------------------------------------------------------------------------------------------ PEFT's answers
+
+PEFT_OPTIONS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "rank_pattern": {"rank_pattern": {"{last}": 5, r".*\.0\..*{first}": 2}},
+    "alpha_pattern": {"alpha_pattern": {"{last}": 1, r".*\.1\..*{first}": 11}},
+    "both patterns with rslora": {"use_rslora": True, "rank_pattern": {"{last}": 6}, "alpha_pattern": {"{first}": 3}},
+}
+
+
+def logits(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """(1, tokens, vocabulary) of a fixed input."""
+    ids = torch.arange(2, 14)[None]
+    inputs = {"input_ids": ids}
+    if name == "speech":
+        features = torch.sin(torch.arange(20 * 100).float()).reshape(1, 20, 100)
+        inputs = {"input_features": features, "decoder_input_ids": ids}
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def served_logits(engine, name: str, tag: str, method: str) -> torch.Tensor:
+    serving = engine.bank.serving([tag], method)
+    try:
+        with engine.bank.serve(serving):
+            return logits(engine.model, name)
+    finally:
+        engine.bank.release(serving)
+
+
+def assert_same_logits(ours: torch.Tensor, theirs: torch.Tensor, base: torch.Tensor) -> None:
+    max_diff, effect = (ours - theirs).abs().max().item(), (theirs - base).abs().max().item()
+    assert effect > 0.1, "the adapter changes next to nothing: the test shows nothing"
+    assert max_diff < 1e-3 * effect, f"max_diff {max_diff:.3g}, of an effect of {effect:.3g}"
+
+
+@pytest.mark.parametrize("options", PEFT_OPTIONS)
+@pytest.mark.parametrize("name", ["code", "llama", "speech"])
+def test_peft_lora_is_served_as_peft_serves_it(name, options, checkpoints, tmp_path):
+    made = checkpoints[name]
+    first, last = made.layers[0], made.layers[-1]
+    filled = {
+        key: {pattern.format(first=first, last=last): number for pattern, number in value.items()} if key != "use_rslora" else value
+        for key, value in PEFT_OPTIONS[options].items()
+    }
+    folder = tiny_models.save_peft_lora(tmp_path / "lora", made.model, made.layers, rank=3, seed=7, **filled)
+    peft_model = PeftModel.from_pretrained(tiny_models.load_plain(made.model), folder).eval()
+    engine = made.engine("aa")
+    info = engine.add_adapter("new", folder)
+    assert info.families == ("lora",) and info.layers["lora"] == len(engine.bank.layers)
+    theirs, base = logits(peft_model, name), logits(tiny_models.load_plain(made.model), name)
+    for method in ("bmm-lora", "loop-lora", "merged"):
+        assert_same_logits(served_logits(engine, name, "new", method), theirs, base)
+
+
+def test_our_lora_files_are_read_by_peft(checkpoints, tmp_path):
+    made = checkpoints["llama"]
+    shapes = tiny_models.target_layers(tiny_models.load_plain(made.model), made.layers)
+    generator = torch.Generator().manual_seed(3)
+    factors = {
+        layer: (torch.randn(4, d_in, generator=generator), torch.randn(4, d_out, generator=generator) * 0.3)
+        for layer, (d_in, d_out) in shapes.items()
+    }
+    write_lora(tmp_path, factors, {"r": 4, "lora_alpha": 4, "target_modules": list(made.layers), "bias": "none"})
+    theirs = logits(PeftModel.from_pretrained(tiny_models.load_plain(made.model), tmp_path).eval(), "llama")
+    base = logits(tiny_models.load_plain(made.model), "llama")
+    engine = made.engine("aa")
+    engine.add_adapter("new", tmp_path)
+    assert_same_logits(served_logits(engine, "llama", "new", "bmm-lora"), theirs, base)
+
+
+# ------------------------------------------------------------------------------------------------------ our own format
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("combine", ["sum", "mean"])
+def test_flora_round_trip(combine, dtype, tmp_path):
+    """What is written comes back in float32; a mean over components is folded into B."""
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        f"h.{layer}.fc": (torch.randn(rank, 6, generator=generator).to(dtype), torch.randn(rank, 4, generator=generator).to(dtype))
+        for layer, rank in enumerate((1, 3, 8))
+    }
+    write_flora(tmp_path, factors, {"r": 8, "combine": combine, "base_model_name_or_path": "some/model"})
+    adapter = read_adapter(tmp_path)
+    assert (adapter.family, adapter.base_model, adapter.rank) == ("flora", "some/model", 8)
+    assert adapter.num_parameters == (1 + 3 + 8) * 10
+    assert adapter.factors.keys() == factors.keys()
+    for layer, (A, B) in factors.items():
+        read_A, read_B = adapter.factors[layer]
+        assert read_A.dtype == read_B.dtype == torch.float32
+        assert torch.equal(read_A, A.float())
+        assert torch.allclose(read_B * (len(B) if combine == "mean" else 1), B.float(), rtol=1e-6)
+        modulation = torch.stack([torch.outer(b, a) for a, b in zip(A.float(), B.float(), strict=True)])  # (r, d_out, d_in)
+        expected = modulation.sum(0) if combine == "sum" else modulation.mean(0)
+        max_diff = (read_B.T @ read_A - expected).abs().max().item()
+        assert max_diff < 1e-5, f"{layer}: max_diff {max_diff:.3g}"
+
+
+@pytest.mark.parametrize("tag", ["aa", "bb", "cc"])
+@pytest.mark.parametrize("name", ["code", "llama", "speech"])
+def test_flora_is_served_as_its_merged_weights(name, tag, checkpoints, tiny_engines):
+    """Ranks 1, 3 (trained with the mean) and 8, against a merge that shares no code with ours."""
+    made = checkpoints[name]
+    truth = logits(tiny_models.load_merged(made.model, made.adapters[tag]["flora"]), name)
+    base = logits(tiny_models.load_plain(made.model), name)
+    for method in ("flora", "flora-expand", "flora-modulate", "merged"):
+        assert_same_logits(served_logits(tiny_engines[name], name, tag, method), truth, base)
+
+
+# ------------------------------------------------------------------------------------------------------ broken folders
+
+
+@pytest.fixture
+def folders(checkpoints, tmp_path) -> dict[str, Path]:
+    """Copies of a good LoRA (rank 8) and a good fLoRA (rank 3) checkpoint, to be broken."""
+    good = {"lora": checkpoints["code"].adapters["aa"]["lora"], "flora": checkpoints["code"].adapters["bb"]["flora"]}
+    return {family: Path(shutil.copytree(source, tmp_path / f"my-{family}")) for family, source in good.items()}
+
+
+def assert_refused(folder: Path, message: str) -> None:
+    """The error names the folder by its last part and never tells where the server keeps it, and it is one line."""
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_adapter(folder)
+    said = str(caught.value)
+    assert folder.name in said and "\n" not in said
+    assert str(folder) not in said and str(folder.parent) not in said, f"tells a path: {said}"
+
+
+def set_config(folder: Path, **values) -> None:
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_FILE)
+
+
+LAYER = "transformer.h.1.mlp.c_fc"
+KEY = {
+    "lora": {side: f"base_model.model.{LAYER}.lora_{side}.weight" for side in "AB"},
+    "flora": {side: f"base_model.model.{LAYER}.flora_{side}" for side in "AB"},
+}
+
+
+def test_the_copies_are_good(folders):
+    for family, folder in folders.items():
+        adapter = read_adapter(folder)
+        assert adapter.family == family and LAYER in adapter.factors
+
+
+@pytest.mark.parametrize("family", ["lora", "flora"])
+class TestBrokenFiles:
+    def test_no_such_folder(self, family, tmp_path):
+        assert_refused(tmp_path / "nowhere", "there is no such folder")
+
+    def test_an_over_long_name(self, family):
+        with pytest.raises(CheckpointError, match="there is no such folder"):
+            read_adapter("x" * 5000)
+
+    def test_a_file_instead_of_a_folder(self, family, folders):
+        assert_refused(folders[family] / CONFIG_FILE, "is a file; give the folder")
+
+    def test_no_config(self, family, folders):
+        (folders[family] / CONFIG_FILE).unlink()
+        assert_refused(folders[family], "adapter_config.json is missing")
+
+    @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\xfa", b"[" * 100_000], ids=["cut", "empty", "not text", "nested"])
+    def test_broken_json(self, family, folders, content):
+        (folders[family] / CONFIG_FILE).write_bytes(content)
+        assert_refused(folders[family], "adapter_config.json is not valid JSON")
+
+    @pytest.mark.parametrize("content", ["[]", "3", "null", '"LORA"'])
+    def test_json_that_is_no_object(self, family, folders, content):
+        (folders[family] / CONFIG_FILE).write_text(content)
+        assert_refused(folders[family], "not a JSON object")
+
+    def test_no_peft_type(self, family, folders):
+        set_config(folders[family], peft_type=None)
+        assert_refused(folders[family], "has no peft_type")
+
+    @pytest.mark.parametrize("peft_type", ["OFT", "PREFIX_TUNING", "lora", 5, ["LORA"]])
+    def test_an_unsupported_type(self, family, folders, peft_type):
+        set_config(folders[family], peft_type=peft_type)
+        assert_refused(folders[family], r"PEFT type .* is not supported; supported are .*LORA.*FLORA")
+
+    def test_no_weights(self, family, folders):
+        (folders[family] / WEIGHTS_FILE).unlink()
+        assert_refused(folders[family], "adapter_model.safetensors is missing")
+
+    @pytest.mark.parametrize("size", [0, 4, 200, -8])
+    def test_truncated_weights(self, family, folders, size):
+        path = folders[family] / WEIGHTS_FILE
+        path.write_bytes(path.read_bytes()[:size])
+        assert_refused(folders[family], "truncated or not a safetensors file")
+
+    def test_no_tensors(self, family, folders):
+        change_tensors(folders[family], lambda tensors: tensors.clear())
+        assert_refused(folders[family], "holds no adapter weights")
+
+    @pytest.mark.parametrize("side", ["A", "B"])
+    def test_a_missing_side(self, family, folders, side):
+        change_tensors(folders[family], lambda tensors: tensors.pop(KEY[family][side]))
+        assert_refused(folders[family], f"layer {LAYER} lacks its {side} side")
+
+    @pytest.mark.parametrize("side", ["A", "B"])
+    def test_sides_of_different_rank(self, family, folders, side):
+        def cut(tensors: dict[str, torch.Tensor]) -> None:
+            key = KEY[family][side]
+            columns = family == "lora" and side == "B"
+            tensors[key] = (tensors[key][:, :-1] if columns else tensors[key][:-1]).contiguous()
+
+        change_tensors(folders[family], cut)
+        assert_refused(folders[family], f"layer {LAYER} has rank . on its A side and . on its B side")
+
+    def test_rank_0(self, family, folders):
+        def empty(tensors: dict[str, torch.Tensor]) -> None:
+            for side, key in KEY[family].items():
+                tensors[key] = (tensors[key][:, :0] if family == "lora" and side == "B" else tensors[key][:0]).contiguous()
+
+        change_tensors(folders[family], empty)
+        assert_refused(folders[family], f"layer {LAYER} has rank 0")
+
+    @pytest.mark.parametrize("shape", [(8,), (2, 2, 2), ()], ids=str)
+    def test_factors_that_are_no_matrices(self, family, folders, shape):
+        change_tensors(folders[family], lambda tensors: tensors.update({KEY[family]["A"]: torch.zeros(shape)}))
+        assert_refused(folders[family], f"layer {LAYER} has factors of {len(shape)} and 2 dimensions")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_weights_that_are_not_finite(self, family, folders, value):
+        def spoil(tensors: dict[str, torch.Tensor]) -> None:
+            tensors[KEY[family]["B"]][0, 0] = value
+
+        change_tensors(folders[family], spoil)
+        assert_refused(folders[family], rf"tensor .*{LAYER}.* has NaN or infinite weights")
+
+    def test_weights_too_large_for_single_precision(self, family, folders):
+        key = KEY[family]["A"]
+        change_tensors(folders[family], lambda tensors: tensors.update({key: tensors[key].double() * 1e300}))
+        assert_refused(folders[family], rf"tensor .*{LAYER}.* has NaN or infinite weights")
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+    def test_integer_weights(self, family, folders, dtype):
+        key = KEY[family]["A"]
+        change_tensors(folders[family], lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+        assert_refused(folders[family], f"tensor {key} is {dtype}, not floating point")
+
+    @pytest.mark.parametrize(
+        "key",
+        ["base_model.model.lm_head.weight", "base_model.model.transformer.wte.lora_embedding_A", f"base_model.model.{LAYER}.bias"],
+    )
+    def test_tensors_of_another_kind(self, family, folders, key):
+        change_tensors(folders[family], lambda tensors: tensors.update({key: torch.zeros(3, 4)}))
+        assert_refused(folders[family], f"tensor {key} is of no supported kind")
+
+
+@pytest.mark.parametrize("combine", [None, "max", 2, ["sum"]])
+def test_flora_that_does_not_say_how_components_combine(folders, combine):
+    set_config(folders["flora"], combine=combine)
+    assert_refused(folders["flora"], "'sum' or the 'mean'")
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"use_dora": True}, "uses DoRA"),
+        ({"use_qalora": True}, "uses QALoRA"),
+        ({"lora_bias": True}, "uses a LoRA bias"),
+        ({"alora_invocation_tokens": [1, 2]}, "uses aLoRA"),
+        ({"use_bdlora": {"nblocks": 2}}, "uses block-diagonal LoRA"),
+        ({"kasa_config": {"beta": 1.0}}, "uses KaSA"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "uses replicated layers"),
+        ({"bias": "all"}, "trains the base model's biases"),
+        ({"bias": "lora_only"}, "trains the base model's biases"),
+        ({"modules_to_save": ["lm_head"]}, r"replaces whole modules \(modules_to_save=\['lm_head'\]\)"),
+        ({"modules_to_save": "lm_head"}, r"replaces whole modules \(modules_to_save='lm_head'\)"),
+        ({"modules_to_save": [1]}, "replaces whole modules"),
+        ({"lora_alpha": None}, "lora_alpha of layer .* is None, not a finite number"),
+        ({"lora_alpha": "16"}, "lora_alpha of layer .* is '16', not a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha of layer .* is nan, not a finite number"),
+        ({"alpha_pattern": {"c_fc": [2]}}, r"lora_alpha of layer .*c_fc is \[2\], not a finite number"),
+        ({"alpha_pattern": ["c_fc"]}, "alpha_pattern is not an object"),
+        ({"alpha_pattern": {"c_fc(": 2}}, r"alpha_pattern 'c_fc\(' is not a regular expression"),
+    ],
+    ids=str,
+)
+def test_lora_that_is_not_plain(folders, values, message):
+    set_config(folders["lora"], **values)
+    assert_refused(folders["lora"], message)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_lora_trained_on_a_changed_base_is_refused(checkpoints, tmp_path, start):
+    """PEFT subtracts the start from the base weights; on the plain base the same factors give other answers."""
+    made = checkpoints["llama"]
+    config = LoraConfig(r=2, target_modules=list(made.layers), init_lora_weights=start)
+    get_peft_model(tiny_models.load_plain(made.model), config).save_pretrained(tmp_path / "my-lora")
+    assert_refused(tmp_path / "my-lora", f"its start \\({start}\\) had changed")
+
+
+def test_dora_made_by_peft_is_refused(checkpoints, tmp_path):
+    made = checkpoints["llama"]
+    folder = tiny_models.save_peft_lora(tmp_path / "dora", made.model, made.layers, rank=2, seed=0, use_dora=True)
+    assert_refused(folder, "uses DoRA")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_lower_precisions_are_read(folders, dtype):
+    key = KEY["lora"]["A"]
+    A = load_file(folders["lora"] / WEIGHTS_FILE)[key].to(dtype)
+    change_tensors(folders["lora"], lambda tensors: tensors.update({key: A}))
+    read_A, _ = read_adapter(folders["lora"]).factors[LAYER]
+    assert read_A.dtype == torch.float32 and torch.equal(read_A, A.float())
+
+
+# -------------------------------------------------------------------------------------------------------------- pickles
+
+
+class Malicious:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+@pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin"])
+def test_a_pickle_is_never_opened(folders, file, tmp_path):
+    folder, trap = folders["lora"], tmp_path / "trapped"
+    (folder / WEIGHTS_FILE).unlink()
+    (folder / file).write_bytes(pickle.dumps(Malicious(trap)))
+    assert_refused(folder, rf"has its weights in {file}, a pickle, and pickles are never loaded; save it as safetensors")
+    assert not trap.exists(), "the pickle was run"
+    pickle.loads((folder / file).read_bytes()).close()
+    assert trap.exists(), "the trap does not work: the test shows nothing"
+
+
+def test_a_pickle_under_the_safe_name_is_not_opened_either(folders, tmp_path):
+    folder, trap = folders["lora"], tmp_path / "trapped"
+    (folder / WEIGHTS_FILE).write_bytes(pickle.dumps(Malicious(trap)))
+    assert_refused(folder, "truncated or not a safetensors file")
+    assert not trap.exists(), "the pickle was run"
+
+
+def test_a_pickle_beside_safe_weights_is_ignored(folders, tmp_path):
+    folder, trap = folders["lora"], tmp_path / "trapped"
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Malicious(trap)))
+    assert read_adapter(folder).family == "lora"
+    assert not trap.exists(), "the pickle was run"
+
+
+# ---------------------------------------------------------------------------------------------------------- the hub, off
+
+
+def test_a_hub_id_without_a_network_is_an_error_that_says_so():
+    with pytest.raises(CheckpointError, match=r"adapter someone/some-adapter is neither a folder here nor readable on the hub"):
+        read_adapter("someone/some-adapter")
+
+
+# ----------------------------------------------------------------------------------------------------- through the engine
+
+
+def test_a_broken_checkpoint_leaves_the_engine_as_it_was(checkpoints, folders):
+    """Of a tag's two checkpoints the second is broken, or was made for another model."""
+    engine = checkpoints["code"].engine("aa")
+    before = engine.adapters
+    change_tensors(folders["lora"], lambda tensors: tensors.pop(KEY["lora"]["B"]))
+    with pytest.raises(CheckpointError, match="lacks its B side"):
+        engine.add_adapter("aa", [folders["flora"], folders["lora"]])
+    with pytest.raises(AdapterError, match="which this model does not have"):
+        engine.add_adapter("new", checkpoints["llama"].adapters["aa"]["lora"])
+    assert engine.adapters == before
+
+
+def test_an_adapter_of_a_wider_model_does_not_fit(checkpoints, folders):
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[KEY["flora"]["A"]] = torch.ones(3, 50)
+
+    change_tensors(folders["flora"], widen)
+    engine = checkpoints["code"].engine("aa")
+    with pytest.raises(AdapterError, match=rf"'new' does not fit layer {LAYER}: it maps 50 → 80, the model's layer maps 48 → 80"):
+        engine.add_adapter("new", folders["flora"])
