@@ -559,7 +559,7 @@ class _Comparison:
             seed=self.seed,
             stopped=self.stopped,
             batch=len(adapters),
-            popularity=workload.popularity(adapters) if adapters else "as given",
+            popularity=workload.popularity(adapters),
             peak_memory_bytes=peak_bytes,
             peak_memory_of=peak_of,
             environment=hardware.environment(used),

@@ -68,10 +68,11 @@ def model_facts(engine: Engine) -> dict:
 
 
 def public_name(name: str) -> str:
-    """A hub id or relative folder as it is; a path of this project from its root; of any other path the last two parts."""
+    """A hub id or relative path as it is; an absolute one seen from here or from the project, else its last two parts."""
     path = Path(name)
-    if path.is_relative_to(PROJECT):
-        return path.relative_to(PROJECT).as_posix()
+    for root in (Path.cwd(), PROJECT):
+        if path.is_absolute() and path.is_relative_to(root):
+            return path.relative_to(root).as_posix()
     return "/".join(path.parts[-2:]) if path.is_absolute() or ".." in path.parts or name.startswith("~") else name
 
 

@@ -30,6 +30,7 @@ NOTE = (
 def figures_table(result: ComparisonResult) -> tuple[list[str], list[list[str]]]:
     """Heads and cells, a line per kind and method, as text with units in the heads. The same table in every format."""
     first = next(iter(result.methods), None)
+    beside_base = "base" in result.methods and first != "base"  # else the column before says it
     heads = [
         "kind",
         "method",
@@ -42,7 +43,7 @@ def figures_table(result: ComparisonResult) -> tuple[list[str], list[list[str]]]
         "step ms p90",
     ]
     heads += [f"step / {figures.METHOD_STYLES[first].label}"] if first and len(result.methods) > 1 else []
-    heads += ["step / base model"] if "base" in result.methods else []
+    heads += ["step / base model"] if beside_base else []
     heads += ["agree with reference", "max |Δ logit|"]
     kinds = list(next(iter(result.methods.values())).by_kind) if result.methods else []
     lines = []
@@ -58,7 +59,7 @@ def figures_table(result: ComparisonResult) -> tuple[list[str], list[list[str]]]
             ]
             line += [_milliseconds(part.step_quantiles.get("p50")), _milliseconds(part.step_quantiles.get("p90"))]
             line += [_ratio(part.ratio_to_first, method == first)] if len(result.methods) > 1 else []
-            line += [_ratio(part.ratio_to_base, method == "base")] if "base" in result.methods else []
+            line += [_ratio(part.ratio_to_base, method == "base")] if beside_base else []
             line += list(_agreement(part))
             lines.append(line)
     return heads, lines

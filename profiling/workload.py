@@ -155,7 +155,9 @@ def kind_of(request: Request) -> str:
 
 
 def popularity(adapters: Sequence[str | None]) -> str:
-    """The batch's adapters in Punica's words: all one ("identical"), no two alike ("distinct"), else "as given"."""
+    """The batch's adapters in Punica's words: all one ("identical"), no two alike ("distinct"), else "as given"; or "no"."""
+    if not any(adapters):
+        return "no"
     if len(set(adapters)) == len(adapters):
         return "distinct"
     return "identical" if len(set(adapters)) == 1 else "as given"
@@ -194,8 +196,8 @@ def ready_rows(adapters: Mapping[str, Collection[str]], rows_per_kind: int = 4, 
 def request_from_row(row: Mapping[str, Any], folder: str | os.PathLike = ".", max_new_tokens: int = MAX_NEW_TOKENS) -> Request:
     """Make a request of a row {"prompt" or "audio", "adapter", "max_new_tokens", "temperature"}.
 
-    "audio" is a file's path, seen from `folder`, from the current folder, or from the project's. How long a clip may be
-    is the engine's to say. max_new_tokens: for a row that does not say.
+    "audio" is a file that `find_clip` finds; how long it may be is the engine's to say. max_new_tokens: for a row that does
+    not say.
     Raises RequestError for a row that makes no sense, AudioError for a clip that cannot be read.
     """
     if not isinstance(row, Mapping):
@@ -209,11 +211,15 @@ def request_from_row(row: Mapping[str, Any], folder: str | os.PathLike = ".", ma
         raise RequestError("a row of a batch needs either a prompt or an audio file")
     given = {field: row[field] for field in ("prompt", "adapter", "temperature") if row.get(field) is not None}
     if row.get("audio") is not None:
-        candidates = [Path(folder) / row["audio"], Path(row["audio"]), ASSETS.parent / row["audio"]]
-        path = next((path for path in candidates if path.is_file()), candidates[0])
-        given["audio"], given["sampling_rate"] = load_audio(path)
+        given["audio"], given["sampling_rate"] = load_audio(find_clip(row["audio"], folder))
     wanted = row.get("max_new_tokens")
     return Request(**given, max_new_tokens=max_new_tokens if wanted is None else wanted)
+
+
+def find_clip(name: str, folder: str | os.PathLike) -> Path:
+    """The file a row means: seen from `folder`, from the current folder, or from the project's; the first where none exists."""
+    candidates = [Path(folder) / name, Path(name), ASSETS.parent / name]
+    return next((path for path in candidates if path.is_file()), candidates[0])
 
 
 def read_rows(path: str | os.PathLike) -> list[dict]:

@@ -1,5 +1,7 @@
 import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 import soundfile
@@ -12,8 +14,8 @@ def arguments(model_folders, tmp_path, monkeypatch, tone):
     """A short comparison on the small models, given by paths relative to the current folder."""
     (code_model, code_adapters), (speech_model, speech_adapters) = model_folders["code"], model_folders["speech"]
     monkeypatch.chdir(code_model.parent)
-    soundfile.write(tmp_path / "hum.wav", tone, 16000)
-    rows = [{"prompt": "it's `nasty` $HOME \"x\"\n", "adapter": "lua"}, {"audio": str(tmp_path / "hum.wav"), "adapter": "cs"}]
+    soundfile.write("hum.wav", tone, 16000)
+    rows = [{"prompt": "it's `nasty` $HOME \"x\"\n", "adapter": "lua"}, {"audio": "hum.wav", "adapter": "cs"}]
     (tmp_path / "batch.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def given(adapters):
@@ -42,9 +44,9 @@ def test_the_command_it_prints_makes_the_same_comparison_again(arguments, capsys
     main([*arguments, "--json", str(tmp_path / "first.jsonl")])
     command = capsys.readouterr().out.strip().splitlines()[-1]
     words = shlex.split(command)
-    assert words[:4] == ["python", "-m", "profiling", "compare"] and str(tmp_path) not in command.replace(tmp_path.name, "")
+    assert words[:4] == ["python", "-m", "profiling", "compare"] and str(tmp_path.parent) not in command
     rows = [json.loads(word) for option, word in zip(words, words[1:], strict=False) if option == "--row"]
-    assert rows[0]["prompt"] == "it's `nasty` $HOME \"x\"\n" and rows[1]["audio"].endswith("hum.wav")
+    assert rows[0]["prompt"] == "it's `nasty` $HOME \"x\"\n" and rows[1]["audio"] == "hum.wav"
     assert main([*words[3:], "--json", str(tmp_path / "second.jsonl")]) == 0
     first, second = (
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("first.jsonl", "second.jsonl")
@@ -93,9 +95,15 @@ def test_bad_input_is_one_line_and_exit_2(arguments, capsys, extra, words):
     with pytest.raises(SystemExit) as caught:
         main([*arguments, *extra])
     error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line and "Loading weights" not in line]
+    lines = error.splitlines()
     assert caught.value.code == 2 and len(lines) == 1 and words in lines[0], error
     assert "Traceback" not in error
+
+
+def test_a_fresh_process_says_one_line_too():
+    command = [sys.executable, "-m", "profiling", "compare", "--row", '{"audio": "nowhere.wav"}']
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 2 and run.stdout == "" and len(run.stderr.splitlines()) == 1, run.stderr
 
 
 @pytest.mark.parametrize("arguments_alone", [[], ["sing"]])

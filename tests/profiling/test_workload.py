@@ -243,3 +243,4 @@ def test_popularity_in_words():
     assert workload.popularity(["a", "b", None]) == "distinct"
     assert workload.popularity(["a", "a"]) == "identical"
     assert workload.popularity(["a", "a", "b"]) == "as given"
+    assert workload.popularity([None, None]) == workload.popularity([]) == "no"
