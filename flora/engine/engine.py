@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -144,9 +145,7 @@ class Engine:
         for index, request in enumerate(requests):
             encoded = self._encode(request, method)
             room = self.context_length - len(encoded.prompt_ids)
-            sampler = None
-            if request.temperature > 0:
-                sampler = torch.Generator().manual_seed((seed * 1_000_003 + first_index + index) % 2**63)
+            sampler = _sampler(seed, first_index + index) if request.temperature > 0 else None
             rows.append(Row(index, request, encoded, min(request.max_new_tokens, room), sampler))
         batch = partial(BatchGeneration, self.runner, self.bank, self._vocabulary)
         with self._lock:
@@ -251,6 +250,11 @@ class _Locked:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _sampler(seed: int, place: int) -> torch.Generator:
+    """The random numbers of the request at this place. PyTorch's generator looks at 32 bits only, so both numbers are hashed first."""
+    return torch.Generator().manual_seed(random.Random(f"{seed} {place}").getrandbits(32))
 
 
 def _vocabulary_of(loaded: LoadedModel) -> Vocabulary:
