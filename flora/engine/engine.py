@@ -253,7 +253,7 @@ class _Locked:
 
 
 def _sampler(seed: int, place: int) -> torch.Generator:
-    """The random numbers of the request at this place. PyTorch's generator looks at 32 bits only, so both numbers are hashed first."""
+    """The random numbers of the request at this place. PyTorch's generator looks at 32 bits only: both numbers are hashed first."""
     return torch.Generator().manual_seed(random.Random(f"{seed} {place}").getrandbits(32))
 
 
