@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTBigCodeConfig,
     GPTBigCodeForCausalLM,
     LlamaConfig,
@@ -54,6 +57,16 @@ def save_code_model(folder: Path, seed: int = 0) -> Path:
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, initializer_range=0.3,
     )  # fmt: skip
     return _save(GPTBigCodeForCausalLM(config), byte_tokenizer(), folder)
+
+
+def save_gpt2_model(folder: Path, seed: int = 0) -> Path:
+    """A GPT-2 of two layers: its linear layers are Conv1D."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=257, n_positions=96, n_embd=48, n_layer=2, n_head=4, n_inner=80, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    return _save(GPT2LMHeadModel(config), byte_tokenizer(), folder)
 
 
 def save_llama_model(folder: Path, seed: int = 0) -> Path:
@@ -106,6 +119,14 @@ def _save(model, processor, folder: Path) -> Path:
                 parameter.normal_(0.0, 0.1, generator=generator)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+def copy_with_generation_options(source: Path, folder: Path, **options) -> Path:
+    """The same model with other values in its generation_config.json."""
+    shutil.copytree(source, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
     return folder
 
 
