@@ -85,19 +85,22 @@ def save_speech_model(folder: Path, seed: int = 0, languages: tuple[str, ...] = 
     languages: for a multilingual one, with tokens for them and for its tasks. generation_options: into generation_config.json.
     """
     torch.manual_seed(seed)
-    specials = ("<|endoftext|>", "<|startoftranscript|>")
+    vocabulary = byte_vocabulary(("<|endoftext|>", "<|startoftranscript|>"))
+    specials = ["<|startoftranscript|>"]
     if languages:
-        named = tuple(f"<|{language}|>" for language in languages)
-        specials += (*named, "<|translate|>", "<|transcribe|>", "<|notimestamps|>")
+        named = [f"<|{language}|>" for language in languages]
+        specials += [*named, "<|translate|>", "<|transcribe|>", "<|notimestamps|>"]
+        for token in specials[1:]:  # behind the bytes: what comes after the last of them is a timestamp to transformers
+            vocabulary[token] = len(vocabulary)
         generation_options = {
             "is_multilingual": True,
-            "lang_to_id": {token: specials.index(token) for token in named},
-            "task_to_id": {task: specials.index(f"<|{task}|>") for task in ("translate", "transcribe")},
-            "no_timestamps_token_id": specials.index("<|notimestamps|>"),
+            "lang_to_id": {token: vocabulary[token] for token in named},
+            "task_to_id": {task: vocabulary[f"<|{task}|>"] for task in ("translate", "transcribe")},
+            "no_timestamps_token_id": vocabulary["<|notimestamps|>"],
             **generation_options,
         }
-    tokenizer = WhisperTokenizerFast(vocab=byte_vocabulary(specials), merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": list(specials[1:])})
+    tokenizer = WhisperTokenizerFast(vocab=vocabulary, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": specials})
     extractor = WhisperFeatureExtractor(feature_size=20, chunk_length=1)
     config = WhisperConfig(
         vocab_size=max(len(tokenizer), 258), num_mel_bins=20, d_model=48, encoder_layers=2, decoder_layers=2,
@@ -106,8 +109,10 @@ def save_speech_model(folder: Path, seed: int = 0, languages: tuple[str, ...] = 
         pad_token_id=0, dropout=0.0, init_std=0.2, suppress_tokens=None, begin_suppress_tokens=None,
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
-    for option, value in generation_options.items():
-        setattr(model.generation_config, option, value)
+    if generation_options:
+        model.generation_config._from_model_config = False  # else it is made anew from config.json at loading
+        for option, value in generation_options.items():
+            setattr(model.generation_config, option, value)
     return _save(model, WhisperProcessor(extractor, tokenizer), folder)
 
 
@@ -126,7 +131,7 @@ def copy_with_generation_options(source: Path, folder: Path, **options) -> Path:
     """The same model with other values in its generation_config.json."""
     shutil.copytree(source, folder)
     path = folder / "generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_from_model_config": False, **options}))
     return folder
 
 
