@@ -15,8 +15,9 @@ from flora.engine import Engine, Request
 from flora.errors import AudioError, FloraError, RequestError
 from profiling import workload
 from profiling.compare import Finished, compare
-from profiling.dashboard.compare import MAX_NEW_TOKENS, WARMUP_STEPS
-from profiling.dashboard.device import SERVER_ERROR, Device
+from profiling.dashboard.compare import MAX_NEW_TOKENS, WARMUP_STEPS, check_prompt_length
+from profiling.dashboard.device import MAX_IN_LINE, SERVER_ERROR, Device
+from profiling.dashboard.results import sentence
 
 logger = logging.getLogger(__name__)
 
@@ -27,25 +28,33 @@ _FIELDS = ("prompt", "audio", "adapter")
 def add_endpoints(engines: Mapping[str, Engine], device: Device) -> None:
     """Register the endpoints; call it inside a `gr.Blocks` context."""
 
-    def compare_endpoint(requests: list[dict], methods: list[str] = ["flora", "bmm-lora"], max_new_tokens: int = workload.MAX_NEW_TOKENS) -> dict:  # noqa: B006
+    def compare_endpoint(
+        requests: list[dict], methods: list[str] | None = None, max_new_tokens: int = workload.MAX_NEW_TOKENS
+    ) -> dict:
         """Run a batch under two or more methods, paired and interleaved, and return what the comparison measured.
 
-        requests: a list of {"prompt": "...", "adapter": "lua"} or {"audio": handle_file("clip.wav"), "adapter": "cs"}; the adapter may be null.
-        methods: the first two give the ratio. A request that cannot run is named under "failures"; the rest runs.
+        requests: a list of {"prompt": "...", "adapter": "lua"} or {"audio": handle_file("clip.wav"), "adapter": "cs"}.
+        The adapter may be null. methods: default ["flora", "bmm-lora"].
+        The first two methods give the ratio. A request that cannot run is named under "failures"; the rest runs.
         """
-        return _compare(engines, device, requests, methods, max_new_tokens)
+        return _compare(engines, device, requests, methods or ["flora", "bmm-lora"], max_new_tokens)
 
     def adapters_endpoint() -> dict:
         """Every adapter tag, per kind of model: its families, ranks, size in bytes and number of adapted layers."""
         return {
             kind: {
-                tag: {"families": list(info.families), "ranks": dict(info.ranks), "size_bytes": info.size_bytes, "layers": info.layers}
+                tag: {
+                    "families": list(info.families),
+                    "ranks": dict(info.ranks),
+                    "size_bytes": info.size_bytes,
+                    "layers": info.layers,
+                }
                 for tag, info in engine.adapters.items()
             }
             for kind, engine in engines.items()
         }
 
-    gr.api(compare_endpoint, api_name="compare", concurrency_id="device", concurrency_limit=1)
+    gr.api(compare_endpoint, api_name="compare", concurrency_id="device", concurrency_limit=MAX_IN_LINE)
     gr.api(adapters_endpoint, api_name="adapters", queue=False)
 
 
@@ -65,17 +74,19 @@ def _compare(engines: Mapping[str, Engine], device: Device, rows: Any, methods: 
         if run.error is not None:
             raise run.error
     except FloraError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+        raise gr.Error(sentence(error), print_exception=False) from error
     except Exception as error:  # logged here in full; the visitor gets a sentence without the server's insides
         logger.exception("the /compare endpoint broke off")
         raise gr.Error(SERVER_ERROR, print_exception=False) from error
     # `compare` counted the requests it was given; the caller counts those that were sent.
     result["rows"] = [row | {"index": positions[row["index"]]} for row in result["rows"]]
-    result["failures"] = failures | {str(positions[int(index)]): message for index, message in result["failures"].items()}
+    result["failures"] = failures | {str(positions[int(index)]): sentence(message) for index, message in result["failures"].items()}
     return result
 
 
-def _requests(engines: Mapping[str, Engine], rows: Any, max_new_tokens: Any) -> tuple[list[Request], dict[str, str], dict[int, str], list[int]]:
+def _requests(
+    engines: Mapping[str, Engine], rows: Any, max_new_tokens: Any
+) -> tuple[list[Request], dict[str, str], dict[int, str], list[int]]:
     """The requests that can be made of `rows`, the failures of the others, clip names, and where each request stood in `rows`."""
     if not isinstance(rows, list) or not rows:
         raise RequestError('"requests" must be a list with at least one {"prompt": …} or {"audio": …}.')
@@ -91,7 +102,7 @@ def _requests(engines: Mapping[str, Engine], rows: Any, max_new_tokens: Any) -> 
         try:
             request = _request(engines, row, max_new_tokens)
         except FloraError as error:
-            failures[str(position)] = str(error)
+            failures[str(position)] = sentence(error)
             continue
         if request.audio is not None:
             names[len(requests)] = _uploaded(row["audio"]).name
@@ -108,6 +119,8 @@ def _request(engines: Mapping[str, Engine], row: Any, max_new_tokens: int) -> Re
         raise RequestError(f'A request has no field "{unknown[0][:40]}": it may have {", ".join(_FIELDS)}.')
     options = {"adapter": row.get("adapter"), "max_new_tokens": max_new_tokens}
     if row.get("audio") is None:
+        if isinstance(row.get("prompt"), str):
+            check_prompt_length(row["prompt"])
         return Request(prompt=row.get("prompt"), **options)
     if row.get("prompt") is not None:
         raise RequestError("A request holds a prompt and a clip: give it one of the two.")

@@ -43,7 +43,9 @@ def _tag_name(kind: str, tag: str) -> str:
 
 
 class BatchEditor:
-    """The left panel. Call it inside a Blocks context, then `connect()`; `inputs` are what a handler reads, `rows(values)` reads them.
+    """The left panel. Call it inside a Blocks context, then `connect()`.
+
+    `inputs` are the components that a handler takes, `rows(values)` reads what it was given.
 
     adapters: kind -> tags, for the kinds that have an engine.
     """
@@ -59,33 +61,72 @@ class BatchEditor:
             self.slots[kind] = [self._slot(kind, i, begin[kind][i] if i < len(begin[kind]) else None) for i in range(ROWS_PER_KIND)]
         self.shown = gr.State({kind: [i < len(begin[kind]) for i in range(ROWS_PER_KIND)] for kind in self.adapters})
         with gr.Row(elem_classes="batch-buttons"):
-            self.add = {
-                kind: gr.Button("+ code" if kind == "code" else "+ audio", size="sm", scale=0, min_width=70, elem_id=f"add-{kind}")
-                for kind in self.adapters
-            }
+            self.add = {}
+            for kind, word in (("code", "code"), ("speech", "audio")):
+                if kind in self.adapters:
+                    self.add[kind] = gr.Button(f"+ {word}", size="sm", scale=0, min_width=70, elem_id=f"add-{word}")
             self.menu = gr.Dropdown(
-                choices=[_MENU, *self.examples], value=_MENU, label="examples", show_label=False, container=False, min_width=120, elem_id="examples",
-                elem_classes="examples", filterable=True, interactive=True,
-            )  # fmt: skip
+                choices=[_MENU, *self.examples],
+                value=_MENU,
+                label="examples",
+                show_label=False,
+                container=False,
+                min_width=120,
+                elem_id="examples",
+                elem_classes="examples",
+                filterable=True,
+                interactive=True,
+            )
 
     def _slot(self, kind: str, i: int, row: Mapping[str, Any] | None) -> _Slot:
         tags = self.adapters[kind]
-        with gr.Row(visible=row is not None, elem_classes=f"request-row {kind}", elem_id=f"{kind}-row-{i}", equal_height=False) as line:
+        with gr.Row(
+            visible=row is not None, elem_classes=f"request-row {kind}", elem_id=f"{kind}-row-{i}", equal_height=False
+        ) as line:
             adapter = gr.Dropdown(
-                choices=adapter_choices(kind, tags), value=(row or {}).get("adapter") or NO_ADAPTER, label=f"adapter of {kind} row {i + 1}",
-                show_label=False, container=False, scale=0, min_width=124, filterable=True, elem_classes="adapter-menu", interactive=True,
-            )  # fmt: skip
+                choices=adapter_choices(kind, tags),
+                value=(row or {}).get("adapter") or NO_ADAPTER,
+                label=f"adapter of {kind} row {i + 1}",
+                show_label=False,
+                container=False,
+                scale=0,
+                min_width=124,
+                filterable=True,
+                elem_classes="adapter-menu",
+                interactive=True,
+            )
             if kind == "code":
                 content: gr.Textbox | gr.Audio = gr.Textbox(
-                    value=(row or {}).get("prompt", ""), lines=3, max_lines=3, label=f"prompt {i + 1}", show_label=False, container=False,
-                    placeholder="the beginning of a function", scale=1, min_width=120, elem_classes="prompt-box", interactive=True,
-                )  # fmt: skip
+                    value=(row or {}).get("prompt", ""),
+                    lines=3,
+                    max_lines=3,
+                    label=f"prompt {i + 1}",
+                    show_label=False,
+                    container=False,
+                    placeholder="the beginning of a function",
+                    scale=1,
+                    min_width=120,
+                    elem_classes="prompt-box",
+                    interactive=True,
+                )
             else:
                 content = gr.Audio(
-                    value=_clip_path((row or {}).get("audio")), type="filepath", sources=["upload", "microphone"], label=f"clip {i + 1}",
-                    show_label=False, container=False, scale=1, min_width=120, elem_classes="clip-box", interactive=True, editable=False, buttons=[],
-                    waveform_options=gr.WaveformOptions(waveform_color="#8a97a3", waveform_progress_color="#0072B2", show_recording_waveform=True),
-                )  # fmt: skip
+                    value=_clip_path((row or {}).get("audio")),
+                    type="filepath",
+                    sources=["upload", "microphone"],
+                    label=f"clip {i + 1}",
+                    show_label=False,
+                    container=False,
+                    scale=1,
+                    min_width=120,
+                    elem_classes="clip-box",
+                    interactive=True,
+                    editable=False,
+                    buttons=[],
+                    waveform_options=gr.WaveformOptions(
+                        waveform_color="#8a97a3", waveform_progress_color="#0072B2", show_recording_waveform=True
+                    ),
+                )
             remove = gr.Button("✕", size="sm", scale=0, min_width=28, elem_classes="remove-row", elem_id=f"remove-{kind}-{i}")
         return _Slot(line, content, adapter, remove)
 
@@ -104,7 +145,9 @@ class BatchEditor:
                 {"prompt": text, "adapter": code_tags[0]} for text in prompts[code_tags[0]][:ROWS_PER_KIND]
             ]
         if len(speech_tags) > 1:
-            found["audio only: a clip for every adapter"] = [{"audio": _shipped(clips[tag][0]), "adapter": tag} for tag in speech_tags]
+            found["audio only: a clip for every adapter"] = [
+                {"audio": _shipped(clips[tag][0]), "adapter": tag} for tag in speech_tags
+            ]
         for tag in prompts if "code" in self.adapters else ():
             adapter = tag if tag in self.adapters["code"] else None
             for text in prompts[tag]:
@@ -123,7 +166,7 @@ class BatchEditor:
         return [self.shown] + [part for kind in self.slots for slot in self.slots[kind] for part in (slot.content, slot.adapter)]
 
     def rows(self, values: Sequence[Any]) -> list[dict]:
-        """The visible rows of `inputs`' values, code first: {kind, "prompt" or "audio" (a path or None), adapter (a tag or None)}."""
+        """The visible rows, code first: {kind, "prompt" or "audio" (a path or None), adapter (a tag or None)}."""
         shown, parts = values[0], iter(values[1:])
         found = []
         for kind, slots in self.slots.items():
@@ -143,7 +186,11 @@ class BatchEditor:
             self.add[kind].click(self._adder(kind), [self.shown, *(slot.adapter for slot in slots)], outputs, **quiet)
             for i, slot in enumerate(slots):
                 slot.remove.click(self._remover(kind, i), self.shown, [self.shown, slot.row, slot.content], **quiet)
-        every = [self.shown, self.menu, *(part for slots in self.slots.values() for s in slots for part in (s.row, s.content, s.adapter))]
+        every = [
+            self.shown,
+            self.menu,
+            *(part for slots in self.slots.values() for s in slots for part in (s.row, s.content, s.adapter)),
+        ]
         self.menu.input(self._choose, [self.menu, self.shown], every, **quiet)
 
     def _adder(self, kind: str):

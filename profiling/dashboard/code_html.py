@@ -1,4 +1,4 @@
-"""What a model wrote, as HTML: code highlighted for its language, transcripts with their language and direction; all of it escaped."""
+"""What a model wrote, as HTML: code highlighted for its language, transcripts in their direction; all of it escaped."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from pygments.token import Comment, Keyword, Literal, Name, Number, Operator, St
 from pygments.util import ClassNotFound
 
 _LEXER_NAMES = {
-    "d": "d", "jl": "julia", "lua": "lua", "pl": "perl", "py": "python", "r": "r", "rb": "ruby", "rkt": "racket", "rs": "rust", "swift": "swift",
-}  # fmt: skip
+    "d": "d",
+    "jl": "julia",
+    "lua": "lua",
+    "pl": "perl",
+    "py": "python",
+    "r": "r",
+    "rb": "ruby",
+    "rkt": "racket",
+    "rs": "rust",
+    "swift": "swift",
+}
 _CLASSES: tuple[tuple[_TokenType, str], ...] = (
     (Comment, "c"),
     (Keyword, "k"),

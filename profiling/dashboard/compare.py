@@ -7,7 +7,9 @@ import itertools
 import logging
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,26 @@ from flora.ops import METHODS
 from profiling import report, workload
 from profiling.compare import ComparisonResult, compare
 from profiling.dashboard.batch import BatchEditor
-from profiling.dashboard.device import SERVER_ERROR, Device, StopSignals
+from profiling.dashboard.device import MAX_IN_LINE, SERVER_ERROR, Device, StopSignals
 from profiling.dashboard.live_cells import LiveCells, cells_value
 from profiling.dashboard.live_plot import LivePlot
+from profiling.dashboard.results import (
+    FIGURES_TEMPLATE,
+    REPRODUCE_TEMPLATE,
+    STATUS_TEMPLATE,
+    TABLE_TEMPLATE,
+    Results,
+    Row,
+    sentence,
+)
 from profiling.figures import METHOD_STYLES
-from profiling.dashboard.results import FIGURES_TEMPLATE, REPRODUCE_TEMPLATE, STATUS_TEMPLATE, TABLE_TEMPLATE, Results, Row
 
 logger = logging.getLogger(__name__)
 
 UPDATE_S = 0.35  # how often the page is told what happened
 MAX_NEW_TOKENS = 256
+MAX_TEMPERATURE = 2
+MAX_PROMPT_CHARACTERS = 20_000
 WARMUP_STEPS = 5
 _DOWNLOADS = ("JSONL", "CSV", "report.html")
 
@@ -47,12 +59,17 @@ def build_compare_tab(engines: Mapping[str, Engine], device: Device, stops: Stop
         with gr.Column(scale=4, min_width=300, elem_classes="instrument batch-panel"):
             batch = BatchEditor({kind: list(engine.adapters) for kind, engine in engines.items()})
             with gr.Row(elem_classes="controls"):
-                left = gr.Dropdown(_method_choices(), value="flora", label="left", min_width=90, elem_id="left-method", interactive=True)
-                right = gr.Dropdown(_method_choices(), value="bmm-lora", label="right", min_width=90, elem_id="right-method", interactive=True)
-                max_new_tokens = gr.Number(
-                    workload.MAX_NEW_TOKENS, label="new tokens", minimum=1, maximum=MAX_NEW_TOKENS, precision=0, min_width=60, elem_id="max-new-tokens"
+                left = gr.Dropdown(
+                    _method_choices(), value="flora", label="left", min_width=90, elem_id="left-method", interactive=True
                 )
-                temperature = gr.Number(0, label="temperature", minimum=0, maximum=2, step=0.1, min_width=60, elem_id="temperature")
+                right = gr.Dropdown(
+                    _method_choices(), value="bmm-lora", label="right", min_width=90, elem_id="right-method", interactive=True
+                )
+                # Their limits are checked in the handler, which can say what is wrong beside the button.
+                max_new_tokens = gr.Number(
+                    workload.MAX_NEW_TOKENS, label="new tokens", precision=0, min_width=60, elem_id="max-new-tokens"
+                )
+                temperature = gr.Number(0, label="temperature", step=0.1, min_width=60, elem_id="temperature")
             with gr.Row(elem_classes="run-buttons"):
                 run = gr.Button("Run", variant="primary", scale=2, min_width=90, elem_id="run")
                 stop = gr.Button("Stop", variant="secondary", scale=1, min_width=70, interactive=False, elem_id="stop")
@@ -62,130 +79,161 @@ def build_compare_tab(engines: Mapping[str, Engine], device: Device, stops: Stop
             chart = LivePlot(empty.chart(), file_name="flora-live-steps.csv", elem_id="chart")
             table = LiveCells(TABLE_TEMPLATE, empty.table(), elem_id="results")
     with gr.Row(elem_classes="instrument footer-panel", equal_height=True):
-        reproduce = LiveCells(REPRODUCE_TEMPLATE, cells_value({"command": "after a run, the command that repeats it stands here"}), elem_id="reproduce")
+        reproduce = LiveCells(
+            REPRODUCE_TEMPLATE,
+            cells_value({"command": "after a run, the command that repeats it stands here"}),
+            elem_id="reproduce",
+        )
         downloads = [
-            gr.DownloadButton(name, size="sm", scale=0, min_width=70, interactive=False, elem_id=f"download-{name.split('.')[0].lower()}")
+            gr.DownloadButton(
+                name, size="sm", scale=0, min_width=70, interactive=False, elem_id=f"download-{name.split('.')[0].lower()}"
+            )
             for name in _DOWNLOADS
         ]
 
     batch.connect()
-    views = [status, figures, chart, table, reproduce, *downloads, stop]
+    views = [status, figures, chart, table, reproduce, *downloads, run, stop]
 
     def arm(request: gr.Request):
         """Answers the button at once, before the run has its turn on the device."""
         stops.arm(request.session_hash)
-        waiting = Results()
-        waiting.state, waiting.words = "waiting", "waiting for the device"
-        return waiting.status(), gr.Button(interactive=True)
+        return _status("waiting", "waiting for the device"), gr.Button(interactive=False), gr.Button(interactive=True)
 
-    def handler(request: gr.Request, left_method: str, right_method: str, num_tokens: float | None, heat: float | None, *values: Any):
-        yield from _run(engines, device, stops, request.session_hash, batch.rows(values), (left_method, right_method), num_tokens, heat)
+    def handler(request: gr.Request, left_method: str, right_method: str, num_tokens, heat, *values: Any):
+        wanted = _Wanted(tuple(batch.rows(values)), (left_method, right_method), num_tokens, heat)
+        try:
+            yield from _run(engines, device, stops.flag(request.session_hash), wanted)
+        except Exception:  # a fault of ours: in the server's log in full, on the page one sentence without the server's insides
+            logger.exception("the Compare tab broke off")
+            untouched = [gr.skip()] * (len(views) - 3)
+            yield [_status("failed", SERVER_ERROR), *untouched, gr.Button(interactive=True), gr.Button(interactive=False)]
 
-    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    run.click(arm, None, [status, stop], **quiet).then(
-        handler,
-        [left, right, max_new_tokens, temperature, *batch.inputs],
-        views,
-        concurrency_id="device",
-        concurrency_limit=1,
-        show_progress="minimal",
-        show_progress_on=status,
-        api_visibility="private",
-    )
+    def could_not_begin():
+        """Gradio itself refused the run: too many wait, or what the browser sent makes no sense; a notice says which."""
+        refused = _status("failed", "The run could not begin: try again in a minute, or reload the page.")
+        return refused, gr.Button(interactive=True), gr.Button(interactive=False)
 
     def stop_run(request: gr.Request):
         stops.raise_flag(request.session_hash)
         return gr.Button(interactive=False)
 
+    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    running = run.click(arm, None, [status, run, stop], **quiet).then(
+        handler,
+        [left, right, max_new_tokens, temperature, *batch.inputs],
+        views,
+        concurrency_id="device",
+        concurrency_limit=MAX_IN_LINE,  # a run that waits its turn says so; the device itself takes one at a time
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    running.failure(could_not_begin, None, [status, run, stop], **quiet)
     stop.click(stop_run, None, [stop], **quiet)
 
 
-def _run(
-    engines: Mapping[str, Engine],
-    device: Device,
-    stops: StopSignals,
-    session: str,
-    rows: Sequence[Mapping[str, Any]],
-    methods: tuple[str, str],
-    max_new_tokens: float | None,
-    temperature: float | None,
-) -> Iterator[list[Any]]:
+@dataclass(frozen=True)
+class _Wanted:
+    """What the visitor asked for when Run was pressed."""
+
+    rows: tuple[Mapping[str, Any], ...]  # of BatchEditor.rows
+    methods: tuple[str, str]
+    max_new_tokens: float | None
+    temperature: float | None
+
+    def refusal(self) -> str | None:
+        """Why nothing of it can run, or None."""
+        if not self.rows:
+            return "The batch is empty: add a code prompt or an audio clip."
+        if len(set(self.methods)) < 2:
+            return f"Both sides are set to {METHOD_STYLES[self.methods[0]].label}: choose two different methods."
+        if self.max_new_tokens is None or not 1 <= self.max_new_tokens <= MAX_NEW_TOKENS:
+            return f"New tokens must be a whole number from 1 to {MAX_NEW_TOKENS}."
+        if self.temperature is None or not 0 <= self.temperature <= MAX_TEMPERATURE:
+            return f"The temperature must be a number from 0, always the likeliest token, to {MAX_TEMPERATURE}."
+        return None
+
+
+def _status(state: str, words: str) -> dict[str, Any]:
+    """The status line alone, for when there are no results to go with it."""
+    results = Results()
+    results.state, results.words = state, words
+    return results.status()
+
+
+def _run(engines: Mapping[str, Engine], device: Device, stopped: threading.Event, wanted: _Wanted) -> Iterator[list[Any]]:
     """Run one batch and yield the values of the tab's views a few times a second."""
-    stopped = stops.flag(session)
-    try:
-        yield from _run_batch(engines, device, stopped, rows, methods, max_new_tokens, temperature)
-    except Exception:  # a fault of ours: in the server's log in full, on the page one sentence without the server's insides
-        logger.exception("the Compare tab broke off")
-        broken = Results()
-        broken.fail(SERVER_ERROR)
-        yield [broken.status(), *(gr.skip() for _ in range(4 + len(_DOWNLOADS))), gr.Button(interactive=False)]
-
-
-def _run_batch(
-    engines: Mapping[str, Engine],
-    device: Device,
-    stopped: threading.Event,
-    rows: Sequence[Mapping[str, Any]],
-    methods: tuple[str, str],
-    max_new_tokens: float | None,
-    temperature: float | None,
-) -> Iterator[list[Any]]:
-    shown = [Row(row["kind"], row["adapter"], row.get("prompt") or "", Path(row.get("audio") or "").name) for row in rows]
+    refusal = wanted.refusal()
+    shown = [Row(row["kind"], row["adapter"], row.get("prompt") or "", Path(row.get("audio") or "").name) for row in wanted.rows]
     requests, positions, audio_names = [], [], {}
-    for position, row in enumerate(rows):
+    for position, row in enumerate(wanted.rows if refusal is None else ()):
         try:
-            made = _request(row, engines, max_new_tokens, temperature)
+            made = _request(row, engines, wanted)
         except FloraError as error:
-            shown[position].error = str(error)
+            shown[position].error = sentence(error)
         else:
             if row["kind"] == "speech":
                 audio_names[len(requests)] = _shown_name(row["audio"])
             requests.append(made)
             positions.append(position)
-    results = Results(methods if len(set(methods)) == 2 else (), shown, positions, run=next(_run_numbers))
+    results = Results(() if refusal else wanted.methods, () if refusal else shown, positions, run=next(_run_numbers))
 
     def views(running: bool, files: Sequence[Any] | None = None, command: str | None = None) -> list[Any]:
         reproduce = gr.skip() if command is None else cells_value({"command": html.escape(command)})
-        buttons = [gr.skip()] * 3 if files is None else list(files)
-        return [results.status(), results.figures(), results.chart(), results.table(), reproduce, *buttons, gr.Button(interactive=running)]
+        buttons = [gr.skip()] * len(_DOWNLOADS) if files is None else list(files)
+        live = [results.status(), results.figures(), results.chart(), results.table()]
+        return [*live, reproduce, *buttons, gr.Button(interactive=not running), gr.Button(interactive=running)]
 
-    refusal = None
-    if not rows:
-        refusal = "The batch is empty: add a code prompt or an audio clip."
-    elif not requests:
+    if refusal is None and not requests:
         refusal = "No row can run: see the red lines."
-    elif len(set(methods)) < 2:
-        refusal = f"Both sides are set to {methods[0]}: choose two different methods."
-    elif stopped.is_set():
-        refusal = "Stopped before it began."
-    if refusal is not None:
-        results.fail(refusal)
+    if refusal is not None or stopped.is_set():
+        results.fail(refusal or "Stopped before it began.")
         yield views(running=False)
         return
 
     results.state, results.words = "running", "preparing the batch"
-    yield views(running=True, files=[gr.DownloadButton(interactive=False)] * 3)
+    yield views(running=True, files=[gr.DownloadButton(interactive=False)] * len(_DOWNLOADS))
     comparison = partial(
-        compare, engines, requests, methods, warmup_steps=WARMUP_STEPS, should_stop=stopped.is_set, audio_names=audio_names
+        compare,
+        engines,
+        requests,
+        wanted.methods,
+        warmup_steps=WARMUP_STEPS,
+        should_stop=stopped.is_set,
+        audio_names=audio_names,
     )
-    under_way = device.start(comparison)
     try:
+        under_way = device.start(comparison)
+    except RequestError as error:
+        results.fail(sentence(error))
+        yield views(running=False)
+        return
+    try:
+        while ahead := device.num_ahead(under_way):
+            if stopped.is_set():
+                results.fail("Stopped before it began.")
+                yield views(running=False)
+                return
+            results.state = "waiting"
+            results.words = f"in line for the device, {ahead} {'run' if ahead == 1 else 'runs'} ahead"
+            yield views(running=True)
+            time.sleep(UPDATE_S)
         while not under_way.done:
             for event in under_way.fetch(UPDATE_S):
                 results.apply(event)
             if not under_way.done:
                 yield views(running=True)
-    finally:
-        stopped.set()  # also when the browser has gone: the device must not go on for nobody
+    finally:  # also when the browser has gone: the device must not go on for nobody
+        under_way.abandoned = True
+        stopped.set()
     if isinstance(under_way.error, FloraError):
-        results.fail(str(under_way.error))
+        results.fail(sentence(under_way.error))
     elif under_way.error is not None:
         logger.error("a comparison broke off", exc_info=under_way.error)
         results.fail(SERVER_ERROR)
     if results.result is None or not results.result.methods:
         yield views(running=False)
         return
-    with tempfile.TemporaryDirectory(prefix="flora-live-") as folder:  # gradio copies the files while this generator waits in `yield`
+    with tempfile.TemporaryDirectory(prefix="flora-live-") as folder:  # gradio copies the files while this waits in `yield`
         files = [gr.DownloadButton(value=str(path), interactive=True) for path in _write_downloads(results.result, Path(folder))]
         yield views(running=False, files=files, command=results.result.command)
 
@@ -201,24 +249,36 @@ def _shown_name(path: str) -> str:
     return f"assets/clips/{name}" if shipped.is_file() else name
 
 
-def _request(row: Mapping[str, Any], engines: Mapping[str, Engine], max_new_tokens: float | None, temperature: float | None) -> Request:
+def _request(row: Mapping[str, Any], engines: Mapping[str, Engine], wanted: _Wanted) -> Request:
     """The engine's request of a visible row. Raises the named error of what is wrong with it."""
-    if max_new_tokens is None or not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
-        raise RequestError(f"Max new tokens must be a whole number from 1 to {MAX_NEW_TOKENS}.")
-    options = {"adapter": row["adapter"], "max_new_tokens": int(max_new_tokens), "temperature": float(temperature or 0)}
+    options = {
+        "adapter": row["adapter"],
+        "max_new_tokens": int(wanted.max_new_tokens),
+        "temperature": float(wanted.temperature),
+    }
     if row["kind"] == "code":
-        if not (row["prompt"] or "").strip():
-            raise RequestError("The prompt is empty: type the beginning of a function, or remove the row.")
-        return Request(prompt=row["prompt"], **options)
+        prompt = row["prompt"] or ""
+        if not prompt.strip():
+            raise RequestError("the prompt is empty: type the beginning of a function, or remove the row")
+        check_prompt_length(prompt)
+        return Request(prompt=prompt, **options)
     if row["audio"] is None:
-        raise AudioError("This row has no clip: record or upload one, choose an example, or remove the row.")
+        raise AudioError("this row has no clip: record or upload one, choose an example, or remove the row")
     samples, sampling_rate = workload.load_audio(row["audio"], engines["speech"].window_s)
     return Request(audio=samples, sampling_rate=sampling_rate, **options)
+
+
+def check_prompt_length(prompt: str) -> None:
+    """Raise RequestError for a prompt so long that even counting its tokens would hold up the others."""
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise RequestError(
+            f"the prompt has {len(prompt):,} characters, more than the {MAX_PROMPT_CHARACTERS:,} allowed: shorten it"
+        )
 
 
 def _write_downloads(result: ComparisonResult, folder: Path) -> list[Path]:
     """JSONL, CSV and report of a run as files in `folder`."""
     paths = [folder / "comparison.jsonl", folder / "comparison.csv", folder / "report.html"]
     for path in paths:
-        path.write_text(report.render(result, path), encoding="utf-8")
+        report.write_report(result, path)
     return paths

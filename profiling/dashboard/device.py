@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from flora.errors import RequestError
 from profiling.compare import CompareEvent
 
-logger = logging.getLogger(__name__)
-
+MAX_IN_LINE = 20  # runs, the one under way among them
 SERVER_ERROR = "Something went wrong on the server; the batch was not finished. Try again, or try a smaller batch."
 
 
@@ -43,10 +42,11 @@ class StopSignals:
 
 
 class Run:
-    """A comparison under way on the device's thread; its events wait here until the page fetches them."""
+    """A comparison in line for the device or under way on its thread; its events wait here until the page fetches them."""
 
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[CompareEvent | None] = queue.SimpleQueue()
+        self.abandoned = False  # its visitor stopped it, or left, before it began
         self.done = False
         self.error: Exception | None = None  # read it once `done`
 
@@ -67,27 +67,36 @@ class Run:
 
 
 class Device:
-    """Runs comparisons one after another on a thread of its own."""
+    """Runs comparisons one after another on a thread of its own; the others stand in line, first come, first served."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+        self._lock = threading.Lock()
+        self._line: list[Run] = []  # the one under way first
 
     def start(self, comparison: Callable[[], Iterator[CompareEvent]]) -> Run:
-        """Begin `comparison()` as soon as the device is free."""
+        """Put `comparison()` in line. Raises RequestError where too many wait already."""
         run = Run()
-
-        def work() -> None:
-            try:
-                for event in comparison():
-                    run._events.put(event)
-            except Exception as error:  # handed over to whoever fetches, who tells named errors from unexpected ones
-                run.error = error
-            finally:
-                run._events.put(None)
-
-        self._executor.submit(work)
+        with self._lock:
+            if len(self._line) >= MAX_IN_LINE:
+                raise RequestError(f"{len(self._line)} runs are in line for the device already: try again in a minute")
+            self._line.append(run)
+        self._executor.submit(self._work, run, comparison)
         return run
 
-    def close(self) -> None:
-        """Let the thread end with the process."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+    def num_ahead(self, run: Run) -> int:
+        """How many runs stand before this one; 0 for the one under way, or done."""
+        with self._lock:
+            return self._line.index(run) if run in self._line else 0
+
+    def _work(self, run: Run, comparison: Callable[[], Iterator[CompareEvent]]) -> None:
+        try:
+            if not run.abandoned:
+                for event in comparison():
+                    run._events.put(event)
+        except Exception as error:  # handed over to whoever fetches, who tells named errors from unexpected ones
+            run.error = error
+        finally:
+            with self._lock:
+                self._line.remove(run)
+            run._events.put(None)

@@ -62,7 +62,7 @@ class LivePlot(gr.HTML):
             '<figure class="live-plot">'
             f'<div class="live-plot-host" data-plot data-plotly="{source}" data-file="{html.escape(file_name)}" role="img"'
             f' style="height: {height_px}px" aria-label="{html.escape(value["summary"])}"></div>'
-            '<figcaption><span data-caption></span>'
+            "<figcaption><span data-caption></span>"
             '<button type="button" class="quiet-button" data-download title="download what the chart shows as CSV">data</button>'
             "</figcaption></figure>"
         )

@@ -18,7 +18,8 @@ from profiling.dashboard.live_plot import plotly_route
 from profiling.dashboard.theme import CSS_FILE, theme
 
 TITLE = "fLoRA Live"
-MAX_QUEUE = 32  # runs that may wait for the device
+MAX_QUEUE = 20  # events that gradio keeps waiting, beyond the runs in line for the device
+MAX_THREADS = 60  # every run in line holds one, the rest answers clicks
 MAX_FILE_SIZE = "10mb"
 
 
@@ -36,12 +37,12 @@ def build(engines: Mapping[str, Engine]) -> gr.Blocks:
             stops.forget(request.session_hash)
 
         demo.unload(forget)
-    demo.queue(max_size=MAX_QUEUE, default_concurrency_limit=None, status_update_rate=1)
+    demo.queue(max_size=MAX_QUEUE, default_concurrency_limit=None)
     return demo
 
 
 def launch_options() -> dict[str, Any]:
-    """What `launch` needs besides an address: the look, plotly.js from this machine, and limits on what visitors may send and see."""
+    """What `launch` needs besides an address: the look, plotly.js, and limits on what visitors may send and see."""
     return {
         "theme": theme(),
         "css_paths": CSS_FILE,
@@ -52,6 +53,7 @@ def launch_options() -> dict[str, Any]:
         "footer_links": ["api", "settings"],
         "run_history": False,
         "enable_monitoring": False,
+        "max_threads": MAX_THREADS,
         "share": False,
         "pwa": False,
     }
@@ -60,7 +62,9 @@ def launch_options() -> dict[str, Any]:
 def device_line(engines: Mapping[str, Engine]) -> str:
     """Device, threads, dtype and models in one line."""
     devices = dict.fromkeys(engine.device.type for engine in engines.values())
-    names = " + ".join("CPU" if device == "cpu" else torch.cuda.get_device_name() if device == "cuda" else device for device in devices)
+    names = " + ".join(
+        "CPU" if device == "cpu" else torch.cuda.get_device_name() if device == "cuda" else device for device in devices
+    )
     dtypes = " + ".join(dict.fromkeys(str(engine.dtype).removeprefix("torch.") for engine in engines.values()))
     threads = torch.get_num_threads()
     parts = [names, f"{threads} thread{'s' if threads != 1 else ''}" if "cpu" in devices else "", dtypes]

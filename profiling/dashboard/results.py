@@ -48,6 +48,12 @@ class Row:
     times: dict[str, str] = field(default_factory=dict)  # method -> "TTFT … TPOT …", known at the end
 
 
+def sentence(message: object) -> str:
+    """An error's message as a sentence for the page: capital letter first, full stop last."""
+    text = " ".join(str(message).split())
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
 def method_label(method: str) -> str:
     """The method's name with its colour, for a head of a column."""
     style = METHOD_STYLES[method]
@@ -112,7 +118,7 @@ class Results:
                 row.num_new_tokens[event.method] = event.num_new_tokens
                 row.stopped[event.method] = event.stopped
             case RowFailed():
-                self.rows[self.positions[event.index]].error = event.message
+                self.rows[self.positions[event.index]].error = sentence(event.message)
             case Finished():
                 self.finish(event.result)
 
@@ -185,7 +191,9 @@ class Results:
         prefills = [step.seconds for step in own if step.phase == "prefill"]
         decodes = list(self._decode_seconds(method).values())
         return {
-            "rate": tokens_per_second(sum(step.num_new_tokens for step in own) / sum(step.seconds for step in own) if own else None),
+            "rate": tokens_per_second(
+                sum(step.num_new_tokens for step in own) / sum(step.seconds for step in own) if own else None
+            ),
             "ttft": milliseconds(statistics.median(prefills) if prefills else None),
             "tpot": milliseconds(statistics.median(decodes) if decodes else None),
             "agreement": _NOTHING,
@@ -212,9 +220,14 @@ class Results:
         if self.result is None:
             return f"n = {len(self._decode_seconds(self.methods[0]))} paired steps so far · live"
         result = self.result
-        return (
-            f"peak memory {result.peak_memory_bytes / 1e6:,.0f} MB ({html.escape(result.peak_memory_of)}) · n = {result.ratio.n if result.ratio else 0} paired decode steps"
-            f" · {result.warmup_steps} warm-up steps, not timed · ratio: median of pairs, 95 % bootstrap interval · live, on this machine"
+        pairs = result.ratio.n if result.ratio else 0
+        return " · ".join(
+            [
+                f"peak memory {result.peak_memory_bytes / 1e6:,.0f} MB ({html.escape(result.peak_memory_of)})",
+                f"n = {pairs} paired decode steps after {result.warmup_steps} warm-up steps",
+                "ratio: median of the pairs, 95 % bootstrap interval",
+                "live, on this machine",
+            ]
         )
 
     def table(self) -> dict[str, Any]:
@@ -230,7 +243,11 @@ class Results:
             row = self.rows[i]
             classes[f"row{i}"] = f"{row.kind} failed" if row.error else row.kind
             tag = html.escape(row.adapter) if row.adapter else "base"
-            given = html.escape(row.prompt.strip().splitlines()[0] if row.prompt.strip() else "") if row.kind == "code" else html.escape(row.clip)
+            given = (
+                html.escape(row.prompt.strip().splitlines()[0] if row.prompt.strip() else "")
+                if row.kind == "code"
+                else html.escape(row.clip)
+            )
             cells[f"row{i}_request"] = f'<span class="tag {row.kind}">{tag}</span> <span class="given-name">{given}</span>'
             cells[f"row{i}_error"] = html.escape(row.error)
             for side, method in zip(SIDES, self.methods, strict=False):
@@ -294,10 +311,12 @@ TABLE_TEMPLATE = (
     + "".join(f'<th scope="col" role="columnheader" data-cell="head_{side}"></th>' for side in SIDES)
     + '</tr></thead><tbody role="rowgroup">'
     + "".join(
-        f'<tr role="row" class="absent" data-cell="row{i}"><th scope="row" role="rowheader"><div data-cell="row{i}_request"></div></th>'
+        f'<tr role="row" class="absent" data-cell="row{i}">'
+        f'<th scope="row" role="rowheader"><div data-cell="row{i}_request"></div></th>'
         + "".join(
             f'<td role="cell"><div class="narrow-name" data-cell="row{i}_{side}_name"></div>'
-            f'<div class="output" data-cell="row{i}_{side}" tabindex="0"></div><div class="meta" data-cell="row{i}_{side}_meta"></div></td>'
+            f'<div class="output" data-cell="row{i}_{side}" tabindex="0"></div>'
+            f'<div class="meta" data-cell="row{i}_{side}_meta"></div></td>'
             for side in SIDES
         )
         + f'<td role="cell" class="error" colspan="2" data-cell="row{i}_error"></td></tr>'

@@ -9,8 +9,12 @@ from gradio.themes.utils import fonts, sizes
 
 CSS_FILE = Path(__file__).parent / "page.css"
 
-_SLATE = Color("#f7f8fa", "#eff1f4", "#e2e6ea", "#ccd3da", "#96a1ad", "#65717d", "#4a545e", "#313a42", "#1d242b", "#151a1f", "#0e1216", "slate")
-_STEEL = Color("#f1f5f9", "#dfe7ee", "#c3d0dc", "#9db1c4", "#6d879f", "#4c6780", "#3a5168", "#2d4053", "#22313f", "#18232d", "#0f171e", "steel")
+_SLATE = Color(
+    "#f7f8fa", "#eff1f4", "#e2e6ea", "#ccd3da", "#96a1ad", "#65717d", "#4a545e", "#313a42", "#1d242b", "#151a1f", "#0e1216", "slate"
+)
+_STEEL = Color(
+    "#f1f5f9", "#dfe7ee", "#c3d0dc", "#9db1c4", "#6d879f", "#4c6780", "#3a5168", "#2d4053", "#22313f", "#18232d", "#0f171e", "steel"
+)
 
 
 def theme() -> Base:

@@ -1,0 +1,345 @@
+"""A stranger's visit: opens the page, presses Run, types, uploads, stops, makes mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import soundfile
+
+from browser.conftest import ROOT, RUN_MS
+
+ENDED = "#status .status.done, #status .status.stopped, #status .status.failed"
+
+
+def press_run(page) -> None:
+    page.locator("#run").click()
+
+
+def wait_until_ended(page) -> str:
+    """The state the run ended in."""
+    page.locator(ENDED).wait_for(timeout=RUN_MS)
+    return page.locator("#status .status").get_attribute("class").split()[-1]
+
+
+def wait_until_decoding(page) -> None:
+    page.wait_for_function("document.querySelector('#status .words').textContent.startsWith('decoding')", timeout=RUN_MS)
+
+
+def clear_batch(page) -> None:
+    while (buttons := page.locator(".remove-row:visible")).count():
+        rows = buttons.count()
+        buttons.first.click()
+        page.wait_for_function(
+            "n => [...document.querySelectorAll('.remove-row')].filter(e => e.offsetParent).length < n", arg=rows
+        )
+
+
+def outputs(page, side: str) -> list[str]:
+    """What stands in the visible rows of one column."""
+    rows = page.locator("#results tbody tr:not(.absent):not(.failed)")
+    column = 1 if side == "left" else 2
+    return [rows.nth(i).locator(f"td:nth-of-type({column}) .output").inner_text() for i in range(rows.count())]
+
+
+def choose(page, field: str, label: str) -> None:
+    """Open a menu and take the entry that begins with `label`."""
+    page.locator(f"{field} input").click()
+    page.locator("li[role=option]:visible").filter(has_text=re.compile(rf"^\W*{re.escape(label)}")).first.click()
+
+
+def figure(page, name: str) -> str:
+    return page.locator(f'#figures [data-cell="{name}"]').inner_text()
+
+
+def scrolls_sideways(page) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+
+
+def upload(page, row: int, path) -> None:
+    """Give the audio row `row` a file of the visitor's."""
+    box = page.locator(f"#speech-row-{row}")
+    box.locator('input[type="file"]').set_input_files(str(path))
+    box.locator("audio[src], .waveform-container").first.wait_for(state="attached")
+    page.wait_for_timeout(500)
+
+
+def tone(seconds: float, rate: int = 16_000) -> np.ndarray:
+    return (0.3 * np.sin(2 * np.pi * 330 * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------------- looks
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_first_screen(open_page, screenshot, theme, width):
+    page = open_page(theme, width)
+    assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+    assert not scrolls_sideways(page)
+    assert page.locator(".request-row.code:visible").count() == 4
+    assert page.locator(".request-row.speech:visible").count() == 4
+    assert "thread" in page.locator(".head .device").inner_text()
+    assert page.locator("#stop").is_disabled()
+    batch, results = page.locator(".batch-panel").bounding_box(), page.locator("#results").bounding_box()
+    if width == 400:
+        assert batch["y"] + batch["height"] <= results["y"], "on a phone the batch comes first"
+    screenshot(page, f"first-{theme}-{width}")
+
+
+def test_everything_has_a_name(open_page):
+    page = open_page()
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll('button, input, textarea, select, [role=img]')]
+        .filter(e => e.offsetParent && e.type !== 'file')
+        .filter(e => !(e.getAttribute('aria-label') || e.getAttribute('title') || e.textContent.trim()))
+        .filter(e => !(e.labels && e.labels.length))
+        .map(e => e.outerHTML.slice(0, 160))"""
+    )
+    assert not nameless
+
+
+# -------------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400)])
+def test_one_click_shows_everything(open_page, screenshot, tmp_path, theme, width):
+    page = open_page(theme, width)
+    press_run(page)
+    wait_until_decoding(page)
+    page.wait_for_timeout(1000)
+    screenshot(page, f"midrun-{theme}-{width}")
+    assert wait_until_ended(page) == "done"
+    assert not scrolls_sideways(page)
+
+    left, right = outputs(page, "left"), outputs(page, "right")
+    assert len(left) == len(right) == 8
+    assert all(text.strip() for text in left[:4] + right[:4]), "the code rows show at least their prompts"
+    assert page.locator("#results pre.code span[class]").count() > 8, "code is highlighted"
+    assert page.locator('#results p.transcript[dir="auto"]').count() == 8
+    for side, method in (("left", "fLoRA"), ("right", "bmm-LoRA")):
+        assert figure(page, f"{side}_method") == method
+        assert float(figure(page, f"{side}_rate").replace(",", "")) > 0
+        assert figure(page, f"{side}_ttft").endswith("ms") and figure(page, f"{side}_tpot").endswith("ms")
+        assert figure(page, f"{side}_agreement").startswith("✓")
+    assert re.search(r"\d\.\d\d× \[\d+\.\d\d, \d+\.\d\d\]", figure(page, "ratio"))
+    assert "warm-up" in figure(page, "facts") and "peak memory" in figure(page, "facts") and "live" in figure(page, "facts")
+    command = page.locator('#reproduce [data-cell="command"]').inner_text()
+    assert command.startswith("python -m profiling compare") and str(ROOT) not in command
+    assert page.locator("#stop").is_disabled()
+
+    page.wait_for_timeout(500)
+    path = screenshot(page, f"done-{theme}-{width}")
+    if os.environ.get("FLORA_README_PICTURE") == "1" and (theme, width) == ("light", 1280):
+        picture = ROOT / "assets" / "figures" / "page.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_bytes(path.read_bytes())
+
+    for name, button in (("jsonl", "#download-jsonl"), ("csv", "#download-csv"), ("html", "#download-report")):
+        with page.expect_download() as download:
+            page.locator(button).click()
+        file = tmp_path / f"comparison.{name}"
+        download.value.save_as(file)
+        assert download.value.suggested_filename.endswith(name)
+        text = file.read_text(encoding="utf-8")
+        assert str(ROOT) not in text and "/home/" not in text
+        if name == "jsonl":
+            rows = [json.loads(line) for line in text.splitlines()]
+            assert {row["method"] for row in rows} == {"flora", "bmm-lora"}
+    with page.expect_download() as download:
+        page.locator("#chart [data-download]").click()
+    download.value.save_as(tmp_path / "chart.csv")
+    lines = (tmp_path / "chart.csv").read_text().splitlines()
+    assert len(lines) > 40 and lines[0].startswith("series,step")
+
+
+def test_the_chart_is_one_node_and_keeps_its_zoom(open_page):
+    page = open_page()
+    page.locator("#max-new-tokens input").fill("200")
+    page.evaluate("window.firstPlot = document.querySelector('#chart [data-plot]')")
+    press_run(page)
+    wait_until_decoding(page)
+    plot = page.locator("#chart .nsewdrag").bounding_box()
+    page.mouse.move(plot["x"] + 0.2 * plot["width"], plot["y"] + 0.2 * plot["height"])
+    page.mouse.down()
+    page.mouse.move(plot["x"] + 0.6 * plot["width"], plot["y"] + 0.8 * plot["height"], steps=5)
+    page.mouse.up()
+    ranges = "[...window.firstPlot.layout.xaxis.range, ...window.firstPlot.layout.yaxis.range]"
+    page.wait_for_function(f"{ranges}[0] > 1")
+    zoomed = page.evaluate(ranges)
+    points = page.evaluate("window.firstPlot.data[0].x.length")
+    assert wait_until_ended(page) == "done"
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.querySelector('#chart [data-plot]') === window.firstPlot")
+    assert page.evaluate("window.firstPlot.data[0].x.length") > points
+    assert page.evaluate(ranges) == zoomed
+    assert "tokens/s" in page.evaluate("window.firstPlot.layout.yaxis.title.text")
+    assert len(page.locator("#chart [data-plot]").get_attribute("aria-label")) > 40
+
+
+def test_nothing_jumps_while_tokens_stream(open_page):
+    page = open_page()
+    page.locator("#max-new-tokens input").fill("150")
+    press_run(page)
+    wait_until_decoding(page)
+    page.wait_for_timeout(800)
+    page.evaluate(
+        """() => {
+            const places = ['#chart', '#results', '#results tbody tr:nth-child(8)'];
+            const top = name => Math.round(document.querySelector(name).getBoundingClientRect().top + scrollY);
+            window.seen = [];
+            setInterval(() => window.seen.push(places.map(top).join(' ')), 100);
+        }"""
+    )
+    assert wait_until_ended(page) == "done"
+    page.wait_for_timeout(500)
+    seen = page.evaluate("window.seen")
+    assert len(seen) > 5
+    assert len(set(seen)) == 1, set(seen)
+
+
+def test_a_prompt_and_a_clip_of_ones_own(open_page, screenshot, tmp_path):
+    page = open_page()
+    clear_batch(page)
+    page.locator("#add-code").click()
+    prompt = page.locator("#code-row-0 textarea")
+    prompt.fill('-- <img src=x onerror="alert(1)">\nlocal function mine(xs)\n')
+    page.locator("#add-audio").click()
+    page.locator("#speech-row-0").wait_for()
+    stereo = np.stack([tone(0.9, 44_100), 0.5 * tone(0.9, 44_100)], axis=1)
+    soundfile.write(tmp_path / "mine.wav", stereo, 44_100, subtype="PCM_32")
+    upload(page, 0, tmp_path / "mine.wav")
+    page.locator("#max-new-tokens input").fill("12")
+    press_run(page)
+    assert wait_until_ended(page) == "done"
+    left, right = outputs(page, "left"), outputs(page, "right")
+    assert len(left) == len(right) == 2
+    assert "mine(xs)" in left[0] and "mine(xs)" in right[0]
+    assert '<img src=x onerror="alert(1)">' in left[0], "what a visitor types is shown, never run"
+    assert page.locator("#results img").count() == 0
+    assert "mine.wav" in page.locator("#results").inner_text()
+    assert page.locator("#results .meta").first.inner_text().startswith("12 tokens")
+    screenshot(page, "own-prompt-and-clip")
+
+
+def test_other_methods_on_both_sides(open_page):
+    page = open_page()
+    for side, label in (("left", "merged"), ("right", "loop-LoRA")):
+        choose(page, f"#{side}-method", label)
+    page.locator("#max-new-tokens input").fill("4")
+    press_run(page)
+    assert wait_until_ended(page) == "done"
+    assert (figure(page, "left_method"), figure(page, "right_method")) == ("merged", "loop-LoRA")
+    assert len(outputs(page, "right")) == 8
+
+
+def test_stop_keeps_what_there_is(open_page, screenshot):
+    page = open_page()
+    page.locator("#max-new-tokens input").fill("200")
+    press_run(page)
+    wait_until_decoding(page)
+    page.wait_for_timeout(600)
+    page.locator("#stop").click()
+    assert wait_until_ended(page) == "stopped"
+    assert "stopped" in page.locator("#status .words").inner_text()
+    assert all(text.strip() for text in outputs(page, "left")[:4])
+    assert page.locator("#stop").is_disabled()
+    screenshot(page, "stopped")
+    page.locator("#max-new-tokens input").fill("3")
+    press_run(page)
+    page.locator("#status .status.running").wait_for()
+    assert wait_until_ended(page) == "done", "after Stop the next run runs"
+
+
+# ---------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_a_broken_clip_fails_alone(open_page, screenshot, tmp_path):
+    page = open_page(expected_error="Waveform load error")
+    (tmp_path / "broken.wav").write_bytes(b"RIFF\x10\x00\x00\x00WAVE" + os.urandom(400))
+    page.locator("#add-audio").click()
+    page.locator("#speech-row-4").wait_for()
+    upload(page, 4, tmp_path / "broken.wav")
+    page.locator("#add-code").click()
+    page.locator("#code-row-4").wait_for()
+    page.locator("#max-new-tokens input").fill("8")
+    press_run(page)
+    assert wait_until_ended(page) == "done"
+    failed = page.locator("#results tr.failed")
+    assert failed.count() == 2
+    messages = " ".join(failed.locator(".error").all_inner_texts())
+    assert "broken.wav" in messages and "prompt is empty" in messages
+    assert str(tmp_path) not in page.content() and "Traceback" not in page.content()
+    assert len(outputs(page, "left")) == 8, "the other rows are unharmed"
+    assert float(figure(page, "left_rate").replace(",", "")) > 0
+    screenshot(page, "broken-clip")
+
+
+def test_bad_sound_of_every_sort(open_page, tmp_path):
+    page = open_page(expected_error="Waveform load error")
+    clear_batch(page)
+    nan = tone(0.5)
+    nan[100] = np.nan
+    clips = {
+        "silent.wav": (np.zeros(8000, np.float32), 16_000, "PCM_16"),
+        "long.wav": (tone(40, 8000), 8000, "PCM_16"),
+        "nothing.wav": (np.zeros(0, np.float32), 16_000, "PCM_16"),
+        "nan.wav": (nan, 16_000, "FLOAT"),
+        "fine-8khz.wav": (tone(0.8, 8000), 8000, "PCM_U8"),
+    }
+    for i, (name, (samples, rate, subtype)) in enumerate(clips.items()):
+        soundfile.write(tmp_path / name, samples, rate, subtype=subtype)
+        page.locator("#add-audio").click()
+        page.locator(f"#speech-row-{i}").wait_for()
+        upload(page, i, tmp_path / name)
+    page.locator("#max-new-tokens input").fill("4")
+    press_run(page)
+    assert wait_until_ended(page) == "done"
+    messages = page.locator("#results tr.failed .error").all_inner_texts()
+    assert len(messages) == 4, messages
+    for name in list(clips)[:4]:
+        assert any(name in message for message in messages), (name, messages)
+    assert len(outputs(page, "left")) == 1
+
+
+def test_an_empty_batch_and_two_like_methods(open_page, screenshot):
+    page = open_page()
+    choose(page, "#right-method", "fLoRA")
+    press_run(page)
+    assert wait_until_ended(page) == "failed"
+    assert "two different methods" in page.locator("#status .words").inner_text()
+    clear_batch(page)
+    press_run(page)
+    page.locator("#status .words", has_text="empty").wait_for()
+    assert "add a code prompt or an audio clip" in page.locator("#status .words").inner_text()
+    screenshot(page, "empty-batch")
+
+
+def test_a_second_visitor_waits_in_line(open_page):
+    first, second = open_page(), open_page()
+    first.locator("#max-new-tokens input").fill("120")
+    press_run(first)
+    wait_until_decoding(first)
+    press_run(second)
+    second.locator("#status .words", has_text="1 run ahead").wait_for()
+    first.locator("#stop").click()
+    assert wait_until_ended(first) == "stopped"
+    assert wait_until_ended(second) == "done"
+
+
+def test_examples_fill_and_add(open_page):
+    page = open_page()
+    page.locator("#remove-code-0").click()
+    page.locator("#code-row-0").wait_for(state="hidden")
+    choose(page, "#examples", "add prompt: lua")
+    page.locator("#code-row-0").wait_for()
+    assert "function" in page.locator("#code-row-0 textarea").input_value()
+    choose(page, "#examples", "audio only")
+    page.locator("#code-row-0").wait_for(state="hidden")
+    assert page.locator(".request-row.speech:visible").count() >= 3
+    choose(page, "#examples", "ready batch")
+    page.locator("#code-row-3").wait_for()
+    assert page.locator(".request-row:visible").count() == 8
