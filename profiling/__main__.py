@@ -1,12 +1,20 @@
-"""The measuring command line: `python -m profiling compare …`."""
+"""The measuring command line: `python -m profiling compare|forms|targets …`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
+
+COMMANDS = {
+    "compare": "profiling.compare_command",
+    "forms": "profiling.forms",
+    "targets": "profiling.dashboard.targets",
+}
+"""Sub-command → the module whose `run(options)` does it, imported once it is asked for."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +58,37 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16; default: auto")
     compare.add_argument("--json", metavar="FILE", help="write a JSONL row per method and kind")
     compare.add_argument("--report", metavar="FILE", help="write a report; the suffix says which: .html, .md or .csv")
+    _add_forms(commands)
+    _add_targets(commands)
     return parser
+
+
+def _add_forms(commands: argparse._SubParsersAction) -> None:
+    forms = commands.add_parser(
+        "forms",
+        help="fLoRA's two exact forms on one layer: when is each cheaper, and does flora choose well",
+        description="Time flora-expand, flora-modulate and flora against the bare layer, in turn, over a grid of settings.",
+    )
+    forms.add_argument("--widths", nargs="+", type=int, default=[192, 768, 2048], metavar="D", help="d_in = d_out")
+    forms.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256], metavar="N", help="per adapter")
+    forms.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16], metavar="R")
+    forms.add_argument("--adapters", type=int, default=4, metavar="N", help="distinct ones in the batch; default: 4")
+    forms.add_argument("--dtypes", nargs="+", default=["float32"], metavar="DTYPE", help="float32, bfloat16; default: float32")
+    forms.add_argument("--rounds", type=int, default=9, metavar="N", help="each setting is measured so often; default: 9")
+    forms.add_argument("--device", default="auto", help="auto, cpu, cuda; default: auto")
+    forms.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads; default: torch's own choice")
+    forms.add_argument("--json", metavar="FILE", help="write a JSONL row per setting")
+
+
+def _add_targets(commands: argparse._SubParsersAction) -> None:
+    targets = commands.add_parser(
+        "targets",
+        help="the app against its promises: first page, ready batch, memory, decode step beside the base model's",
+        description="Start the app in a process of its own, run the ready batch, and compare decode steps with the base model's.",
+    )
+    targets.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="per request; default: 48")
+    targets.add_argument("--repeats", type=int, default=3, metavar="N", help="of the decode comparison; default: 3")
+    targets.add_argument("--json", metavar="FILE", help="write a JSONL row per promise")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,10 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Torch and the models' libraries take seconds to import: --help and a mistyped option answer at once.
     from flora.errors import FloraError
-    from profiling import compare_command
 
+    command = importlib.import_module(COMMANDS[options.command])
     try:
-        return compare_command.run(options)
+        return command.run(options)
     except FloraError as error:
         parser.error(" ".join(str(error).split()))
 

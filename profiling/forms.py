@@ -7,15 +7,21 @@ the bare layer's.
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch.nn.functional import linear
+from tqdm import tqdm
 
 from flora import ops
 from flora.cost import cheaper_form
+from flora.errors import RequestError
+from flora.models import choose_device
+from profiling import hardware, report
 from profiling.timing import median, timed
 
 FORMS = ("flora-expand", "flora-modulate", "flora")
@@ -115,3 +121,28 @@ def table(points: Sequence[FormPoint]) -> str:
         for p in points
     ]
     return "\n".join([head, *lines])
+
+
+def run(options: argparse.Namespace) -> int:
+    """What `python -m profiling forms` does. Raises a FloraError for bad input."""
+    for name in ("widths", "tokens", "ranks", "adapters", "rounds", "threads"):
+        values = getattr(options, name)
+        if values is not None and min(values if isinstance(values, list) else [values]) < 1:
+            raise RequestError(f"--{name} must be at least 1")
+    dtypes = [getattr(torch, name, None) for name in options.dtypes]
+    if not all(dtype in (torch.float32, torch.bfloat16, torch.float16) for dtype in dtypes):
+        raise RequestError(f"--dtypes takes float32, bfloat16 and float16, not {' '.join(options.dtypes)}")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = choose_device(options.device)
+    facts = hardware.environment() | {"device": device.type, "device_name": hardware.device_name(device)}
+    print(hardware.summary(facts), end="\n\n")
+    num_points = len(dtypes) * len(options.widths) * len(options.tokens) * len(options.ranks)
+    settings = (options.widths, options.tokens, options.ranks, dtypes, options.adapters, options.rounds, str(device))
+    points = list(tqdm(measure(*settings), total=num_points, leave=False, disable=None, unit="setting"))
+    print(table(points), end="\n\n")
+    print(*verdict(points), sep="\n")
+    if options.json:
+        rows = [json.dumps(point.as_dict() | {"seed": 0, "hardware": facts}, ensure_ascii=False) for point in points]
+        report.write_text(options.json, "\n".join(rows) + "\n")
+    return 0
