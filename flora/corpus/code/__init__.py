@@ -14,7 +14,17 @@ from dataclasses import dataclass
 from flora.corpus.code.languages import LANGUAGES, Language
 from flora.corpus.code.problems import FAMILIES, Problem, problems
 
-__all__ = ["FAMILIES", "LANGUAGES", "Language", "Problem", "Program", "example_prompts", "problems", "render", "runnable"]
+__all__ = [
+    "FAMILIES",
+    "LANGUAGES",
+    "Language",
+    "Problem",
+    "Program",
+    "example_prompts",
+    "problems",
+    "render",
+    "runnable",
+]
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ def runnable(problem: Problem, tag: str, completion: str) -> str:
     """A complete source file that exits 0 if and only if the prompt with this completion passes all of `problem.cases`."""
     writer = language(tag)
     source = writer.prompt(problem.function, problem.description) + completion
-    return writer.program(source, problem.function, problem.cases)
+    return writer.file([source], [(problem.function, problem.cases)])
 
 
 def example_prompts(count: int = 3) -> dict[str, list[str]]:

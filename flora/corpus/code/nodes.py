@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 TYPES = ("int", "bool", "text", "ints", "texts")
 
@@ -36,7 +36,7 @@ class Operation:
     arguments: tuple[Expression, ...]
 
 
-Expression = Union[Name, Number, Text, Operation]
+Expression = Name | Number | Text | Operation
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Reorder:
     number: int = 0
 
 
-Body = Union[Choice, Fold, Loop, Reorder]
+Body = Choice | Fold | Loop | Reorder
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,7 @@ def names_in(expression: Expression) -> set[str]:
 
 def in_sequence(loop: Loop) -> bool:
     """Whether the updates give the same values one after another as all at once."""
-    return all(
-        name not in names_in(later) for i, (name, _) in enumerate(loop.updates) for _, later in loop.updates[i + 1 :]
-    )
+    return all(name not in names_in(later) for i, (name, _) in enumerate(loop.updates) for _, later in loop.updates[i + 1 :])
 
 
 def evaluate(function: Function, arguments: Iterable[Any]) -> Any:

@@ -18,7 +18,6 @@ from flora.corpus.code.nodes import (
     Loop,
     Name,
     Number,
-    Operation,
     Range,
     Reorder,
     Text,
@@ -120,7 +119,9 @@ SEPARATORS = ["-", "_", "+", "/", ":", "; ", ", ", " and ", " or ", "=", "<", "#
 
 def say(rng: random.Random, kind: str) -> str:
     """How a description starts."""
-    return rng.choice({"bool": ("Check whether", "Tell whether", "Return whether")}.get(kind, ("Return", "Return", "Compute", "Find", "Give")))
+    return rng.choice(
+        {"bool": ("Check whether", "Tell whether", "Return whether")}.get(kind, ("Return", "Return", "Compute", "Find", "Give"))
+    )
 
 
 def simple_condition(rng: random.Random, item: Name, highest: int) -> tuple[Expression, str]:
@@ -190,6 +191,18 @@ def affix(rng: random.Random) -> str:
     return rng.choice(PARTS) + rng.choice(("", "!", "?", ".", "1", "2", "_"))
 
 
+def that_are(which: str) -> str:
+    return f" that are {which}" if which else ""
+
+
+def each(how: str) -> str:
+    return f", each {how}" if how else ""
+
+
+def then(how: str) -> str:
+    return f", {how}" if how else ""
+
+
 # families: each draws one task
 
 
@@ -200,10 +213,21 @@ def fold_numbers(rng: random.Random) -> Draft:
     kept, which = condition(rng, X, 6 if small else 25) if kind in ("sum", "product") and rng.random() < 0.7 else (None, "")
     mapped, how = change(rng, X, 6 if small else 12) if rng.random() < 0.55 else (None, "")
     noun = {"sum": "sum", "product": "product", "max": "largest", "min": "smallest"}[kind]
-    of = "of the numbers in a" if kind in ("sum", "product") or mapped is None else "of the numbers in a"
-    description = f"{say(rng, 'int')} the {noun} {of}{f' that are {which}' if which else ''}{f', each {how}' if how else ''}."
-    stems = {"sum": ("total", "sum", "add_up"), "product": ("product", "multiply"), "max": ("largest", "max", "top"), "min": ("smallest", "min", "least")}
-    return Draft(stems[kind], ("few" if small else "ints",), "int", Fold(kind, A, "x", "int", kept, mapped), description, kept is None and mapped is None)
+    description = f"{say(rng, 'int')} the {noun} of the numbers in a{that_are(which)}{each(how)}."
+    stems = {
+        "sum": ("total", "sum", "add_up"),
+        "product": ("product", "multiply"),
+        "max": ("largest", "max", "top"),
+        "min": ("smallest", "min", "least"),
+    }
+    return Draft(
+        stems[kind],
+        ("few" if small else "ints",),
+        "int",
+        Fold(kind, A, "x", "int", kept, mapped),
+        description,
+        kept is None and mapped is None,
+    )
 
 
 def count_numbers(rng: random.Random) -> Draft:
@@ -227,8 +251,12 @@ def collect_numbers(rng: random.Random) -> Draft:
     kept, which = condition(rng, X) if form != "map" else (None, "")
     mapped, how = change(rng, X) if form != "keep" else (None, "")
     lead = rng.choice(("Return a list of the numbers in a", "List the numbers in a", "Collect the numbers in a"))
-    description = f"{lead}{f' that are {which}' if which else ''}{f', each {how}' if how else ''}."
-    stems = {"keep": ("keep", "select", "filter"), "map": ("change", "update", "convert"), "both": ("pick", "extract", "collect")}[form]
+    description = f"{lead}{that_are(which)}{each(how)}."
+    stems = {
+        "keep": ("keep", "select", "filter"),
+        "map": ("change", "update", "convert"),
+        "both": ("pick", "extract", "collect"),
+    }[form]
     return Draft(stems, ("ints",), "ints", Fold("collect", A, "x", "int", kept, mapped), description)
 
 
@@ -237,7 +265,7 @@ def fold_then(rng: random.Random) -> Draft:
     kind = rng.choice(("sum", "count", "max", "min"))
     kept, which = condition(rng, X) if kind == "count" or (kind == "sum" and rng.random() < 0.4) else (None, "")
     noun = {"sum": "sum", "count": "number", "max": "largest", "min": "smallest"}[kind]
-    what = f"the {noun} of the numbers in a{f' that are {which}' if which else ''}"
+    what = f"the {noun} of the numbers in a{that_are(which)}"
     result = Name(Fold(kind, A, "x", "int").result)
     if rng.random() < 0.4:
         after, how = simple_condition(rng, result, 25)
@@ -257,10 +285,22 @@ def fold_range(rng: random.Random) -> Draft:
     if kind == "collect" and kept is None and mapped is None:
         mapped, how = change(rng, I, 6)
     noun = {"sum": "the sum", "product": "the product", "count": "the number", "collect": "a list"}[kind]
-    description = f"{say(rng, 'int')} {noun} of the integers from 1 to a{f' that are {which}' if which else ''}{f', each {how}' if how else ''}."
-    stems = {"sum": ("sum_to", "total_to"), "product": ("product_to", "multiply_to"), "count": ("count_to", "num_to"), "collect": ("list_to", "series_to")}
+    description = f"{say(rng, 'int')} {noun} of the integers from 1 to a{that_are(which)}{each(how)}."
+    stems = {
+        "sum": ("sum_to", "total_to"),
+        "product": ("product_to", "multiply_to"),
+        "count": ("count_to", "num_to"),
+        "collect": ("list_to", "series_to"),
+    }
     fold = Fold(kind, Range(Number(1), A), "i", "int", kept, mapped)
-    return Draft(stems[kind], ("natural" if small else "positive",), "ints" if kind == "collect" else "int", fold, description, kept is None and mapped is None)
+    return Draft(
+        stems[kind],
+        ("natural" if small else "positive",),
+        "ints" if kind == "collect" else "int",
+        fold,
+        description,
+        kept is None and mapped is None,
+    )
 
 
 def reorder_list(rng: random.Random) -> Draft:
@@ -273,7 +313,12 @@ def reorder_list(rng: random.Random) -> Draft:
         "take": f"{say(rng, 'ints')} the first {numbers} in a.",
         "drop": f"{say(rng, 'ints')} the numbers in a without the first {numbers}.",
     }[kind]
-    stems = {"reverse": ("reverse", "turn"), "sort": ("sort", "order"), "take": ("take", "first"), "drop": ("drop", "skip")}[kind]
+    stems = {
+        "reverse": ("reverse", "turn"),
+        "sort": ("sort", "order"),
+        "take": ("take", "first"),
+        "drop": ("drop", "skip"),
+    }[kind]
     return Draft(stems, ("ints",), "ints", Reorder(kind, "a", "int", number), description, atom=True)
 
 
@@ -284,16 +329,22 @@ def list_ends(rng: random.Random) -> Draft:
             (operation("first", A), "the first number in a"),
             (operation("last", A), "the last number in a"),
             (operation("size", A), "the size of a"),
-            (operation("+", operation("first", A), operation("last", A)), "the sum of the first and the last number in a"),
+            (
+                operation("+", operation("first", A), operation("last", A)),
+                "the sum of the first and the last number in a",
+            ),
             (operation("-", operation("last", A), operation("first", A)), "the last number in a minus the first"),
-            (operation("*", operation("first", A), operation("last", A)), "the product of the first and the last number in a"),
+            (
+                operation("*", operation("first", A), operation("last", A)),
+                "the product of the first and the last number in a",
+            ),
         )
     )
     if rng.random() < 0.35:
         body, how = simple_condition(rng, what, 12)
         return Draft(("check", "test"), ("ints",), "bool", Choice(body), f"{say(rng, 'bool')} {phrase} is {how}.")
     body, how = change(rng, what) if rng.random() < 0.8 else (what, "")
-    return Draft(("value", "edge", "from"), ("ints",), "int", Choice(body), f"{say(rng, 'int')} {phrase}{f', {how}' if how else ''}.", not how)
+    return Draft(("value", "edge", "from"), ("ints",), "int", Choice(body), f"{say(rng, 'int')} {phrase}{then(how)}.", not how)
 
 
 def fold_words(rng: random.Random) -> Draft:
@@ -301,17 +352,38 @@ def fold_words(rng: random.Random) -> Draft:
     kept, which = text_condition(rng, WORD)
     kind = rng.choice(("collect", "collect", "count", "sum"))
     if kind == "count":
-        description, stems, returns, mapped = f"Count the strings in a that {which}.", ("count", "how_many"), "int", None
+        description, stems, returns, mapped = (
+            f"Count the strings in a that {which}.",
+            ("count", "how_many"),
+            "int",
+            None,
+        )
     elif kind == "sum":
-        description, stems, returns = f"{say(rng, 'int')} the total length of the strings in a that {which}.", ("length", "letters"), "int"
+        description, stems, returns = (
+            f"{say(rng, 'int')} the total length of the strings in a that {which}.",
+            ("length", "letters"),
+            "int",
+        )
         mapped = operation("length", WORD)
     else:
-        mapped, how = rng.choice(((None, ""), (operation("upper", WORD), ", in upper case"), (operation("reverse", WORD), ", each reversed")))
+        mapped, how = rng.choice(
+            ((None, ""), (operation("upper", WORD), ", in upper case"), (operation("reverse", WORD), ", each reversed"))
+        )
         if mapped is not None and mapped.operator == "reverse":
             mapped, how = operation("length", WORD), ""
             lead = "Return a list of the lengths of the strings in a"
-            return Draft(("lengths",), ("texts",), "ints", Fold("collect", A, "word", "text", kept, mapped), f"{lead} that {which}.")
-        description, stems, returns = f"Return a list of the strings in a that {which}{how}.", ("keep", "select", "filter"), "texts"
+            return Draft(
+                ("lengths",),
+                ("texts",),
+                "ints",
+                Fold("collect", A, "word", "text", kept, mapped),
+                f"{lead} that {which}.",
+            )
+        description, stems, returns = (
+            f"Return a list of the strings in a that {which}{how}.",
+            ("keep", "select", "filter"),
+            "texts",
+        )
     return Draft(stems, ("texts",), returns, Fold(kind, A, "word", "text", kept, mapped), description)
 
 
@@ -325,7 +397,13 @@ def join_words(rng: random.Random) -> Draft:
     elif ending == "affix":
         end = affix(rng)
         body, extra = operation("concat", body, Text(end)), f", followed by '{end}'"
-    return Draft(("join", "combine", "merge"), ("texts",), "text", Choice(body), f"{rng.choice(('Join', 'Combine'))} the strings in a with '{separator}' between them{extra}.")
+    return Draft(
+        ("join", "combine", "merge"),
+        ("texts",),
+        "text",
+        Choice(body),
+        f"{rng.choice(('Join', 'Combine'))} the strings in a with '{separator}' between them{extra}.",
+    )
 
 
 def change_text(rng: random.Random) -> Draft:
@@ -358,7 +436,14 @@ def change_text(rng: random.Random) -> Draft:
     if value == A:
         value, phrases = operation("upper", A), ["in upper case"]
     atom = len(phrases) == 1 and not constants_of(value)
-    return Draft(("format", "style", "make", "write"), ("text",), "text", Choice(value), f"{say(rng, 'text')} a {', then '.join(phrases)}.", atom)
+    return Draft(
+        ("format", "style", "make", "write"),
+        ("text",),
+        "text",
+        Choice(value),
+        f"{say(rng, 'text')} a {', then '.join(phrases)}.",
+        atom,
+    )
 
 
 def two_texts(rng: random.Random) -> Draft:
@@ -373,7 +458,13 @@ def two_texts(rng: random.Random) -> Draft:
         )
     )
     body = operation("concat", first, Text(between), second)
-    return Draft(("pair", "link", "connect"), ("text", "text"), "text", Choice(body), f"{say(rng, 'text')} {how.format(between)}.")
+    return Draft(
+        ("pair", "link", "connect"),
+        ("text", "text"),
+        "text",
+        Choice(body),
+        f"{say(rng, 'text')} {how.format(between)}.",
+    )
 
 
 def text_number(rng: random.Random) -> Draft:
@@ -388,13 +479,27 @@ def text_number(rng: random.Random) -> Draft:
         body, how = simple_condition(rng, what, 10)
         return Draft(("check", "test"), ("text",), "bool", Choice(body), f"{say(rng, 'bool')} {phrase} is {how}.")
     body, how = change(rng, what) if rng.random() < 0.7 else (what, "")
-    return Draft(("count_in", "measure"), ("text",), "int", Choice(body), f"{say(rng, 'int')} {phrase}{f', {how}' if how else ''}.", not constants_of(body))
+    return Draft(
+        ("count_in", "measure"),
+        ("text",),
+        "int",
+        Choice(body),
+        f"{say(rng, 'int')} {phrase}{then(how)}.",
+        not constants_of(body),
+    )
 
 
 def test_text(rng: random.Random) -> Draft:
     if rng.random() < 0.1:
         body = operation("same_text", A, operation("reverse", A))
-        return Draft(("is_palindrome", "same_backwards"), ("text",), "bool", Choice(body), f"{say(rng, 'bool')} a is a palindrome.", True)
+        return Draft(
+            ("is_palindrome", "same_backwards"),
+            ("text",),
+            "bool",
+            Choice(body),
+            f"{say(rng, 'bool')} a is a palindrome.",
+            True,
+        )
     body, which = text_condition(rng, A)
     first, _, rest = which.partition(" ")
     verb = {"have": "has"}.get(first, first + "s")
@@ -403,13 +508,20 @@ def test_text(rng: random.Random) -> Draft:
         head, _, tail = second.partition(" ")
         joined = rng.choice(("and", "or"))
         body = operation(joined, body, other)
-        rest += f" {joined} {({'have': 'has'}.get(head, head + 's'))} {tail}"
+        rest += f" {joined} { ({'have': 'has'}.get(head, head + 's')) } {tail}"
     return Draft(("check", "is_valid", "match"), ("text",), "bool", Choice(body), f"{say(rng, 'bool')} a {verb} {rest}.")
 
 
 def change_number(rng: random.Random) -> Draft:
     body, how = change(rng, A, 40)
-    return Draft(("change", "convert", "adjust", "scale"), ("int",), "int", Choice(body), f"{say(rng, 'int')} a {how}.", not constants_of(body))
+    return Draft(
+        ("change", "convert", "adjust", "scale"),
+        ("int",),
+        "int",
+        Choice(body),
+        f"{say(rng, 'int')} a {how}.",
+        not constants_of(body),
+    )
 
 
 def two_numbers(rng: random.Random) -> Draft:
@@ -451,7 +563,7 @@ def three_numbers(rng: random.Random) -> Draft:
         body, how = simple_condition(rng, value, 25)
         return Draft(("check", "test"), ("int",) * 3, "bool", Choice(body), f"{say(rng, 'bool')} {phrase} is {how}.")
     body, how = change(rng, value) if rng.random() < 0.8 else (value, "")
-    return Draft(("of_three", "three"), ("int",) * 3, "int", Choice(body), f"{say(rng, 'int')} {phrase}{f', {how}' if how else ''}.", not how)
+    return Draft(("of_three", "three"), ("int",) * 3, "int", Choice(body), f"{say(rng, 'int')} {phrase}{then(how)}.", not how)
 
 
 def clamp_number(rng: random.Random) -> Draft:
@@ -482,7 +594,9 @@ def label_number(rng: random.Random) -> Draft:
         low = rng.randint(2, 30)
         high = low + rng.randint(2, 40)
         branches = ((operation("<", A, low), Text(first)), (operation("<", A, high), Text(second)))
-        description = f"{say(rng, 'text')} '{first}' if a is less than {low}, '{second}' if it is less than {high}, otherwise '{third}'."
+        description = (
+            f"{say(rng, 'text')} '{first}' if a is less than {low}, '{second}' if it is less than {high}, otherwise '{third}'."
+        )
         return Draft(("label", "describe", "name"), ("int",), "text", Choice(Text(third), branches), description)
     test, which = condition(rng, A, 40)
     description = f"{say(rng, 'text')} '{first}' if a is {which}, otherwise '{second}'."
@@ -494,7 +608,7 @@ def branch_number(rng: random.Random) -> Draft:
     test, which = simple_condition(rng, A, 30)
     yes, how = change(rng, A)
     no, other = change(rng, A) if rng.random() < 0.6 else (A, "itself")
-    description = f"{say(rng, 'int')} a {how} if it is {which}, otherwise {'a ' + other if other != 'itself' else 'a itself'}."
+    description = f"{say(rng, 'int')} a {how} if it is {which}, otherwise {'a ' + other}."
     return Draft(("decide", "choose", "switch"), ("int",), "int", Choice(no, ((test, yes),)), description)
 
 
@@ -504,7 +618,13 @@ def repeat_change(rng: random.Random) -> Draft:
     result = Name("result")
     if rng.random() < 0.2:
         loop = Loop((("result", Number(start)),), Range(Number(1), B), (("result", operation("*", result, A)),), result)
-        return Draft(("power", "grow"), ("natural", "natural"), "int", loop, f"{say(rng, 'int')} {start} multiplied by a, b times.")
+        return Draft(
+            ("power", "grow"),
+            ("natural", "natural"),
+            "int",
+            loop,
+            f"{say(rng, 'int')} {start} multiplied by a, b times.",
+        )
     step, how = rng.choice(
         (
             (operation("*", result, k), f"multiplied by {k}"),
@@ -523,12 +643,21 @@ def sequence(rng: random.Random) -> Draft:
     step, how = rng.choice(
         (
             (operation("+", current, following), "the sum of the two before it"),
-            (operation("+", current, operation("*", following, k)), f"the number two before plus {k} times the number before"),
+            (
+                operation("+", current, operation("*", following, k)),
+                f"the number two before plus {k} times the number before",
+            ),
         )
     )
     variables = (("current", Number(first)), ("following", Number(second)))
     loop = Loop(variables, Range(Number(1), A), (("current", following), ("following", step)), current)
-    return Draft(("sequence", "nth", "series"), ("natural",), "int", loop, f"Start with {first} and {second}, where each number is {how}, and return the one after a steps.")
+    return Draft(
+        ("sequence", "nth", "series"),
+        ("natural",),
+        "int",
+        loop,
+        f"Start with {first} and {second}, where each number is {how}, and return the one after a steps.",
+    )
 
 
 def common_divisor(rng: random.Random) -> Draft:
@@ -539,7 +668,7 @@ def common_divisor(rng: random.Random) -> Draft:
         description, returns = f"{say(rng, 'bool')} the greatest common divisor of a and b is {which}.", "bool"
     else:
         value, how = change(rng, x) if rng.random() < 0.85 else (x, "")
-        description = f"{say(rng, 'int')} the greatest common divisor of a and b{f', {how}' if how else ''}."
+        description = f"{say(rng, 'int')} the greatest common divisor of a and b{then(how)}."
     loop = Loop((("x", A), ("y", B)), operation("!=", y, 0), (("x", y), ("y", operation("%", x, y))), value)
     return Draft(("divisor", "gcd"), ("positive", "positive"), returns, loop, description, value == x)
 
@@ -550,7 +679,11 @@ def digits(rng: random.Random) -> Draft:
     base = rng.choice((10, 10, 10, 2, 3, 4, 5, 6, 7, 8, 9))
     digit = operation("%", rest, base)
     step, noun, start = rng.choice(
-        ((operation("+", total, digit), "sum of the digits", 0), (operation("+", total, 1), "number of digits", 0), (operation("*", total, digit), "product of the digits", 1))
+        (
+            (operation("+", total, digit), "sum of the digits", 0),
+            (operation("+", total, 1), "number of digits", 0),
+            (operation("*", total, digit), "product of the digits", 1),
+        )
     )
     what = f"the {noun} of a" + (f" in base {base}" if base != 10 else "")
     if rng.random() < 0.3:
@@ -558,8 +691,13 @@ def digits(rng: random.Random) -> Draft:
         description, returns = f"{say(rng, 'bool')} {what} is {which}.", "bool"
     else:
         value, how = change(rng, total) if rng.random() < 0.6 else (total, "")
-        description, returns = f"{say(rng, 'int')} {what}{f', {how}' if how else ''}.", "int"
-    loop = Loop((("rest", A), ("total", Number(start))), operation(">", rest, 0), (("total", step), ("rest", operation("//", rest, base))), value)
+        description, returns = f"{say(rng, 'int')} {what}{then(how)}.", "int"
+    loop = Loop(
+        (("rest", A), ("total", Number(start))),
+        operation(">", rest, 0),
+        (("total", step), ("rest", operation("//", rest, base))),
+        value,
+    )
     return Draft(("digits", "digit_score"), ("large",), returns, loop, description, value == total)
 
 
@@ -570,13 +708,28 @@ def count_steps(rng: random.Random) -> Draft:
     more = ("steps", operation("+", steps, 1))
     form = rng.choice(("divide", "subtract", "multiply"))
     if form == "divide":
-        loop = Loop((("rest", A), ("steps", Number(0))), operation(">", rest, bound), (("rest", operation("//", rest, k)), more), steps)
+        loop = Loop(
+            (("rest", A), ("steps", Number(0))),
+            operation(">", rest, bound),
+            (("rest", operation("//", rest, k)), more),
+            steps,
+        )
         description = f"Count how often a can be divided by {k} until it is at most {bound}."
     elif form == "subtract":
-        loop = Loop((("rest", A), ("steps", Number(0))), operation(">=", rest, bound), (("rest", operation("-", rest, k)), more), steps)
+        loop = Loop(
+            (("rest", A), ("steps", Number(0))),
+            operation(">=", rest, bound),
+            (("rest", operation("-", rest, k)), more),
+            steps,
+        )
         description = f"Count how often {k} can be subtracted from a until it is less than {bound}."
     else:
-        loop = Loop((("rest", Number(bound)), ("steps", Number(0))), operation("<", rest, A), (("rest", operation("*", rest, k)), more), steps)
+        loop = Loop(
+            (("rest", Number(bound)), ("steps", Number(0))),
+            operation("<", rest, A),
+            (("rest", operation("*", rest, k)), more),
+            steps,
+        )
         description = f"Count how often {bound} must be multiplied by {k} until it is at least a."
     return Draft(("steps", "rounds"), ("large" if form != "subtract" else "positive",), "int", loop, description)
 

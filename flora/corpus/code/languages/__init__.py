@@ -13,6 +13,5 @@ from flora.corpus.code.languages.rs import Rust
 from flora.corpus.code.languages.swift import Swift
 
 LANGUAGES: dict[str, Language] = {
-    language.tag: language
-    for language in (D(), Perl(), Ruby(), Rust(), Racket(), Swift(), Julia(), Lua(), R(), Python())
+    language.tag: language for language in (D(), Perl(), Ruby(), Rust(), Racket(), Swift(), Julia(), Lua(), R(), Python())
 }

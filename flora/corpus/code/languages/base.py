@@ -25,12 +25,15 @@ from flora.corpus.code.nodes import (
 ATOM = 9
 PRECEDENCE = {"if": 0, "or": 1, "and": 2}
 PRECEDENCE |= dict.fromkeys(("==", "!=", "<", "<=", ">", ">=", "even", "odd", "same_text"), 4)
-PRECEDENCE |= {"+": 5, "-": 5, "*": 6, "//": 6, "%": 6}
+PRECEDENCE |= {"concat": 5, "+": 5, "-": 5, "*": 6, "//": 6, "%": 6}
 INFIX = frozenset(("or", "and", "==", "!=", "<", "<=", ">", ">=", "same_text", "+", "-", "*", "//", "%"))
 
 
 class _Argument:
-    """An argument in a template: {0} as a receiver or operand, {0:free} between delimiters, {0:letter}, {0:bare}, {0:count} of a literal."""
+    """An argument in a template: {0} as a receiver or operand, {0:free} between delimiters.
+
+    Of a text literal also {0:letter} as a character, {0:bare} without quotes, {0:count} for its length.
+    """
 
     def __init__(self, language: Language, expression: Expression) -> None:
         self.language, self.expression = language, expression
@@ -64,7 +67,7 @@ class Language:
     types: Mapping[str, str] = {}
     symbols: Mapping[str, str] = {"and": "&&", "or": "||", "//": "/", "same_text": "=="}
     templates: Mapping[str, str] = {}
-    looser: Mapping[str, int] = {}  # precedence of a template that is not an atom
+    looser: Mapping[str, int] = {}  # precedence where it is not an atom for a template, not the usual one for the rest
 
     # expressions
 
@@ -91,7 +94,7 @@ class Language:
     def precedence(self, operator: str) -> int:
         if operator in self.templates:
             return self.looser.get(operator, ATOM)
-        return PRECEDENCE.get(operator, ATOM)
+        return self.looser.get(operator, PRECEDENCE.get(operator, ATOM))
 
     def write_operation(self, expression: Operation) -> str:
         operator, arguments = expression.operator, expression.arguments
@@ -116,7 +119,7 @@ class Language:
         return f"{operator}({', '.join(arguments)})"
 
     def concat(self, arguments: tuple[Expression, ...]) -> str:
-        return " + ".join(self.write(a, 6) for a in arguments)
+        return " + ".join(self.write(a, 5) for a in arguments)
 
     # statements; each gives lines without indentation
 
@@ -167,11 +170,19 @@ class Language:
             early, late = (self.true, self.false) if fold.kind == "any" else (self.false, self.true)
             return [*self.each(fold.item, fold.source, self.when(test, [self.give(early)])), self.give(late)]
         item = fold.mapped or Name(fold.item)
-        step = [self.assign(fold.result, operation_of(fold.kind, fold.result, item))] if fold.kind != "collect" else [self.append(fold.result, item)]
+        step = (
+            [self.assign(fold.result, operation_of(fold.kind, fold.result, item))]
+            if fold.kind != "collect"
+            else [self.append(fold.result, item)]
+        )
         inner = step if fold.kept is None else self.when(fold.kept, step)
         kind = ("texts" if is_text(item, fold) else "ints") if fold.kind == "collect" else "int"
         start = self.declare(fold.result, kind, self.starts[fold.kind], changes=True)
-        return [start, *self.each(fold.item, fold.source, inner), self.give(self.write(fold.after or Name(fold.result)))]
+        return [
+            start,
+            *self.each(fold.item, fold.source, inner),
+            self.give(self.write(fold.after or Name(fold.result))),
+        ]
 
     starts: Mapping[str, str] = {"sum": "0", "product": "1", "count": "0", "collect": "[]"}
 
@@ -226,12 +237,18 @@ class Language:
         """A statement that stops the program with an error unless the call gives the expected value."""
         raise NotImplementedError
 
-    def checks(self, function: Function, cases: list[tuple[tuple[Any, ...], Any]]) -> str:
-        return "\n".join(self.check(self.call(function, a), expected, function.returns) for a, expected in cases) + "\n"
+    def main(self, lines: list[str]) -> str:
+        """The part of a program that runs the checks."""
+        return "\n".join(lines) + "\n"
 
-    def program(self, source: str, function: Function, cases: list[tuple[tuple[Any, ...], Any]]) -> str:
-        """A complete program: header, the function's source, and a check for each case. It exits 0 only if all pass."""
-        return f"{self.header}{source}\n\n{self.checks(function, cases)}"
+    def file(self, sources: list[str], tested: list[tuple[Function, list[tuple[tuple[Any, ...], Any]]]]) -> str:
+        """A complete source file: the header, the functions, and a check for each case. It exits 0 only if all pass."""
+        lines = [
+            self.check(self.call(function, arguments), expected, function.returns)
+            for function, cases in tested
+            for arguments, expected in cases
+        ]
+        return self.header + "\n\n".join([*sources, self.main(lines)])
 
 
 def operation_of(kind: str, result: str, item: Expression) -> Operation:

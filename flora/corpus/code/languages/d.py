@@ -32,7 +32,7 @@ class D(Language):
     starts = {**Language.starts, "max": "long.min", "min": "long.max"}
 
     def concat(self, arguments: tuple[Expression, ...]) -> str:
-        return " ~ ".join(self.write(a, 6) for a in arguments)
+        return " ~ ".join(self.write(a, 5) for a in arguments)
 
     def signature(self, function: Function) -> str:
         parameters = ", ".join(f"{self.types[kind]} {name}" for name, kind in function.parameters)
@@ -59,14 +59,19 @@ class D(Language):
         return self.block(f"while ({self.write(condition)}) {{", lines)
 
     def reorder(self, reorder: Reorder) -> list[str]:
-        forms = {"reverse": "{0}.retro.array", "sort": "{0}.sort.array", "take": "{0}[0 .. {1}]", "drop": "{0}[{1} .. $]"}
+        forms = {
+            "reverse": "{0}.retro.array",
+            "sort": "{0}.sort.array",
+            "take": "{0}[0 .. {1}]",
+            "drop": "{0}[{1} .. $]",
+        }
         return [self.give(forms[reorder.kind].format(reorder.source, reorder.number))]
 
     def literal(self, value: Any, kind: str) -> str:
         return f"cast({self.types[kind]}) {super().literal(value, kind)}" if kind == "ints" else super().literal(value, kind)
 
     def check(self, call: str, expected: Any, kind: str) -> str:
-        return f"    if ({call} != {self.literal(expected, kind)}) throw new Exception(\"wrong\");"
+        return f'    if ({call} != {self.literal(expected, kind)}) throw new Exception("wrong");'
 
-    def checks(self, function: Function, cases: list[tuple[tuple[Any, ...], Any]]) -> str:
-        return f"void main() {{\n{super().checks(function, cases)}}}\n"
+    def main(self, lines: list[str]) -> str:
+        return f"void main() {{\n{super().main(lines)}}}\n"

@@ -32,6 +32,7 @@ class Julia(Language):
         "last_letters": "last({0:free}, {1:free})",
         "join": "join({0:free}, {1})",
     }
+    looser = {"concat": 9}
 
     def text(self, value: str) -> str:
         return super().text(value).replace("$", "\\$")

@@ -21,7 +21,7 @@ class Lua(Language):
         "lower": "{0}:lower()",
         "reverse": "{0}:reverse()",
         "repeat": "{0}:rep({1:free})",
-        "count_letter": "select(2, {0}:gsub({1}, \"\"))",
+        "count_letter": 'select(2, {0}:gsub({1}, ""))',
         "starts_with": "{0}:sub(1, {1:count}) == {1}",
         "ends_with": "{0}:sub(-{1:count}) == {1}",
         "contains": "{0}:find({1}, 1, true) ~= nil",
@@ -37,7 +37,7 @@ class Lua(Language):
         return f"math.{operator}({', '.join(arguments)})"
 
     def concat(self, arguments: tuple[Expression, ...]) -> str:
-        return " .. ".join(self.write(a, 6) for a in arguments)
+        return " .. ".join(self.write(a, 5) for a in arguments)
 
     def signature(self, function: Function) -> str:
         return f"local function {function.name}({', '.join(name for name, _ in function.parameters)})"
@@ -81,5 +81,5 @@ class Lua(Language):
 
     def check(self, call: str, expected: Any, kind: str) -> str:
         if kind in ("ints", "texts"):
-            return f"assert(table.concat({call}, \",\") == {self.text(','.join(map(str, expected)))})"
+            return f'assert(table.concat({call}, ",") == {self.text(",".join(map(str, expected)))})'
         return f"assert(({call}) == {self.literal(expected, kind)})"

@@ -48,7 +48,7 @@ class Perl(Language):
         return f"(sort {{ $a <=> $b }} {', '.join(arguments)})[{0 if operator == 'min' else -1}]"
 
     def concat(self, arguments: tuple[Expression, ...]) -> str:
-        return " . ".join(self.write(a, 6) for a in arguments)
+        return " . ".join(self.write(a, 5) for a in arguments)
 
     def signature(self, function: Function) -> str:
         return f"sub {function.name} {{\n{self.indent}my({', '.join('$' + name for name, _ in function.parameters)}) = @_;"
@@ -106,7 +106,7 @@ class Perl(Language):
 
     def check(self, call: str, expected: Any, kind: str) -> str:
         if kind in ("ints", "texts"):
-            return f"die \"wrong\" unless join(\",\", @{{{call}}}) eq {self.text(','.join(map(str, expected)))};"
+            return f'die "wrong" unless join(",", @{{{call}}}) eq {self.text(",".join(map(str, expected)))};'
         if kind == "int":
-            return f"die \"wrong\" unless {call} == {expected};"
-        return f"die \"wrong\" unless {call} eq {self.literal(expected, kind)};"
+            return f'die "wrong" unless {call} == {expected};'
+        return f'die "wrong" unless {call} eq {self.literal(expected, kind)};'

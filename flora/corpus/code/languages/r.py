@@ -32,7 +32,7 @@ class R(Language):
         "last_letters": "substring({0:free}, nchar({0:free}) - {1} + 1)",
         "join": "paste({0:free}, collapse = {1})",
     }
-    looser = {"if": 0}
+    looser = {"concat": 9, "if": 0}
 
     def __init__(self) -> None:
         self.item, self.vector = "", ""  # inside a fold the item's name stands for the vector
@@ -63,7 +63,7 @@ class R(Language):
 
     def assign_together(self, updates: tuple[tuple[str, Expression], ...]) -> list[str]:
         (first, value), (second, other) = updates
-        return [f"following <- {self.write(other)}", f"{first} <- {self.write(value)}", f"{second} <- following"]
+        return [f"held <- {self.write(other)}", f"{first} <- {self.write(value)}", f"{second} <- held"]
 
     def when(self, condition: Expression, lines: list[str]) -> list[str]:
         return self.block(f"if ({self.write(condition)}) {{", lines)

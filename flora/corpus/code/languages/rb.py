@@ -81,4 +81,4 @@ class Ruby(Language):
         return [forms[reorder.kind].format(reorder.source, reorder.number)]
 
     def check(self, call: str, expected: Any, kind: str) -> str:
-        return f"raise \"wrong\" unless {call} == {self.literal(expected, kind)}"
+        return f'raise "wrong" unless {call} == {self.literal(expected, kind)}'

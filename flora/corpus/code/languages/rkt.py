@@ -31,7 +31,7 @@ class Racket(Language):
     templates = {
         "!=": "(not (= {0} {1}))",
         "reverse": "(list->string (reverse (string->list {0})))",
-        "repeat": '(string-append* (make-list {1} {0}))',
+        "repeat": "(string-append* (make-list {1} {0}))",
         "count_letter": "(for/sum ([c {0}] #:when (char=? c {1:letter})) 1)",
         "first_letters": "(substring {0} 0 {1})",
         "last_letters": "(substring {0} (- (string-length {0}) {1}))",
@@ -102,7 +102,12 @@ class Racket(Language):
 
     def reorder(self, reorder: Reorder) -> list[str]:
         order = "<" if reorder.item_type == "int" else "string<?"
-        forms = {"reverse": "(reverse {0})", "sort": "(sort {0} {2})", "take": "(take {0} {1})", "drop": "(drop {0} {1})"}
+        forms = {
+            "reverse": "(reverse {0})",
+            "sort": "(sort {0} {2})",
+            "take": "(take {0} {1})",
+            "drop": "(drop {0} {1})",
+        }
         return [forms[reorder.kind].format(reorder.source, reorder.number, order)]
 
     def list_literal(self, items: list[str], kind: str) -> str:

@@ -31,7 +31,7 @@ class Rust(Language):
         "last_letters": "{0}[{0}.len() - {1}..].to_string()",
         "join": "{0}.join({1})",
     }
-    looser = {"if": 0, "length": 0, "size": 0, "count_letter": 0}
+    looser = {"concat": 9, "if": 0, "length": 0, "size": 0, "count_letter": 0}
 
     def extreme(self, operator: str, arguments: list[str]) -> str:
         first, *others = arguments
@@ -91,7 +91,11 @@ class Rust(Language):
         source, number = reorder.source, reorder.number
         if reorder.kind == "sort":
             return [f"let mut result = {source};", "result.sort();", "result"]
-        forms = {"reverse": ".into_iter().rev().collect()", "take": f"[..{number}].to_vec()", "drop": f"[{number}..].to_vec()"}
+        forms = {
+            "reverse": ".into_iter().rev().collect()",
+            "take": f"[..{number}].to_vec()",
+            "drop": f"[{number}..].to_vec()",
+        }
         return [source + forms[reorder.kind]]
 
     def literal(self, value: Any, kind: str) -> str:
@@ -103,5 +107,5 @@ class Rust(Language):
     def check(self, call: str, expected: Any, kind: str) -> str:
         return f"    assert_eq!({call}, {self.literal(expected, kind)});"
 
-    def checks(self, function: Function, cases: list[tuple[tuple[Any, ...], Any]]) -> str:
-        return f"fn main() {{\n{super().checks(function, cases)}}}\n"
+    def main(self, lines: list[str]) -> str:
+        return f"fn main() {{\n{super().main(lines)}}}\n"

@@ -68,11 +68,23 @@ class Swift(Language):
             return [self.give(f"{chain}.{'contains' if fold.kind == 'any' else 'allSatisfy'}{kept}")]
         chain += f".filter{kept}" if kept else ""
         chain += f".map{mapped}" if mapped else ""
-        gather = {"sum": ".reduce(0, +)", "product": ".reduce(1, *)", "count": ".count", "max": ".max()!", "min": ".min()!", "collect": ""}
+        gather = {
+            "sum": ".reduce(0, +)",
+            "product": ".reduce(1, *)",
+            "count": ".count",
+            "max": ".max()!",
+            "min": ".min()!",
+            "collect": "",
+        }
         return self.one_expression(fold, chain + gather[fold.kind])
 
     def reorder(self, reorder: Reorder) -> list[str]:
-        forms = {"reverse": "{0}.reversed()", "sort": "{0}.sorted()", "take": "Array({0}.prefix({1}))", "drop": "Array({0}.dropFirst({1}))"}
+        forms = {
+            "reverse": "{0}.reversed()",
+            "sort": "{0}.sorted()",
+            "take": "Array({0}.prefix({1}))",
+            "drop": "Array({0}.dropFirst({1}))",
+        }
         return [self.give(forms[reorder.kind].format(reorder.source, reorder.number))]
 
     def call(self, function: Function, arguments: tuple[Any, ...]) -> str:
