@@ -127,7 +127,7 @@ class Engine:
             raise RequestError(f"expected a flora.Request, not {type(request).__name__}")
         if request.adapter is not None:
             self.bank.family_for(request.adapter, method)
-        if method == "flora-modulate":
+        if method in ("flora-modulate", "merged"):
             for layer in self.bank.layers.values():
                 _ = layer.weight  # a quantised layer says that it has none
         return self.runner.encode(request)
