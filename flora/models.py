@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import (
@@ -140,39 +141,26 @@ def random_weights(
 ) -> PreTrainedModel:
     """A model of `config`'s shapes with normal weights (0, initializer_range), allocated once, in `dtype`, on `device`."""
     config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        build = getattr(auto_model, "_from_config", None) or auto_model.from_config
-        model = build(config).to(dtype)
-    model = model.to_empty(device=device)
+    build = getattr(auto_model, "_from_config", None) or auto_model.from_config
+    with init_empty_weights(include_buffers=False):  # rotary frequencies and causal masks are computed, not learnt
+        model = build(config)
     model.tie_weights()
     generator = torch.Generator(device).manual_seed(seed)
     std = getattr(config, "initializer_range", None) or getattr(config, "init_std", 0.02)
+    made: dict[int, torch.nn.Parameter] = {}  # by the id of the parameter without storage: tied weights stay one
     for module in model.modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            with torch.no_grad():
+        for name, empty in module.named_parameters(recurse=False):
+            if id(empty) not in made:
+                values = torch.empty(empty.shape, dtype=dtype, device=device)
                 if isinstance(module, torch.nn.LayerNorm) or "norm" in type(module).__name__.lower():
-                    parameter.fill_(0.0 if parameter_name == "bias" else 1.0)
-                elif parameter.ndim < 2:
-                    parameter.zero_()
+                    values.fill_(0.0 if name == "bias" else 1.0)
+                elif values.ndim < 2:
+                    values.zero_()
                 else:
-                    parameter.normal_(0.0, std, generator=generator)
-    _restore_buffers(model, auto_model, config, device)
-    return model
-
-
-def _restore_buffers(model: PreTrainedModel, auto_model: Any, config: PreTrainedConfig, device: torch.device) -> None:
-    """Buffers (rotary frequencies, causal masks) are computed, not learnt: take them from a one-layer model built with storage."""
-    small = type(config).from_dict({**config.to_dict(), **_one_layer(config)})
-    build = getattr(auto_model, "_from_config", None) or auto_model.from_config
-    computed = dict(build(small).named_buffers())
-    for name, buffer in model.named_buffers():
-        if name in computed:
-            buffer.copy_(computed[name].to(device, buffer.dtype))
-
-
-def _one_layer(config: PreTrainedConfig) -> dict[str, int]:
-    fields = ("num_hidden_layers", "n_layer", "encoder_layers", "decoder_layers")
-    return {field: 1 for field in fields if field in config.to_dict()} | {"vocab_size": config.vocab_size}
+                    values.normal_(0.0, std, generator=generator)
+                made[id(empty)] = torch.nn.Parameter(values, requires_grad=False)
+            setattr(module, name, made[id(empty)])
+    return model.to(device)
 
 
 def _quantization(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
