@@ -49,11 +49,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
 
 
-def save_code_model(folder: Path, seed: int = 0) -> Path:
+def save_code_model(folder: Path, seed: int = 0, width: int = 48, inner_width: int = 80) -> Path:
     """A GPTBigCode of two layers with multi-query attention, biases that are not zero, and weights large enough to disagree."""
     torch.manual_seed(seed)
     config = GPTBigCodeConfig(
-        vocab_size=257, n_positions=96, n_embd=48, n_layer=2, n_head=4, n_inner=80, multi_query=True,
+        vocab_size=257, n_positions=96, n_embd=width, n_layer=2, n_head=4, n_inner=inner_width, multi_query=True,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, initializer_range=0.3,
     )  # fmt: skip
     return _save(GPTBigCodeForCausalLM(config), byte_tokenizer(), folder)
