@@ -58,12 +58,14 @@ def runnable(problem: Problem, tag: str, completion: str) -> str:
 def example_prompts(count: int = 3) -> dict[str, list[str]]:
     """A few held-out prompts per language, of different families, for an examples menu."""
     families = ("fold_numbers", "collect_numbers", "label_number", "count_numbers", "change_text", "common_divisor")
-    stream = problems("held-out", seed=2024)
-    chosen: dict[str, list[str]] = {}
-    for i, tag in enumerate(LANGUAGES):
-        chosen[tag] = []
-        for j in range(count):
-            family = families[(i * count + j) % len(families)]
-            problem = next(p for p in stream if p.family == family and len(p.description) < 90)
+    slots = [(tag, families[(i * count + j) % len(families)]) for i, tag in enumerate(LANGUAGES) for j in range(count)]
+    chosen: dict[str, list[str]] = {tag: [] for tag in LANGUAGES}
+    for problem in problems("held-out", seed=2024):
+        plain = not any(word in problem.description for word in (" or ", "different")) and len(problem.function.name) < 16
+        tag = next((tag for tag, family in slots if family == problem.family), None)
+        if tag is not None and plain and len(problem.description) < 90:
+            slots.remove((tag, problem.family))
             chosen[tag].append(render(problem, tag).prompt)
+        if not slots:
+            break
     return chosen

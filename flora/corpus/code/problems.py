@@ -584,7 +584,9 @@ def test_number(rng: random.Random) -> Draft:
     return Draft(("is_good", "is_valid", "check"), ("int",), "bool", Choice(body), f"{say(rng, 'bool')} a is {which}.")
 
 
-LABELS = "low high small big cold hot young old poor good slow fast light heavy short long cheap dear weak strong no yes few many".split()
+LABELS = """
+low high small big cold hot young old poor good slow fast light heavy short long cheap dear weak strong no yes few many
+""".split()
 
 
 def label_number(rng: random.Random) -> Draft:
