@@ -24,7 +24,7 @@ test: $(VENV)/.installed-dev ## run all tests, in a real browser too where one i
 		echo "error: the browser tests are mandatory here, and there is no Chromium or Chrome to run them in" >&2; exit 1; \
 	else \
 		notice="THE BROWSER TESTS ARE SKIPPED: no Chromium or Chrome was found or could be installed. Install one, and run this again."; \
-		echo "$$notice" >&2; $(VENV)/bin/python -m pytest $(PYTEST_ARGS); status=$$?; echo "$$notice" >&2; exit $$status; \
+		echo "$$notice" >&2; $(VENV)/bin/python -m pytest -m "not browser" $(PYTEST_ARGS); status=$$?; echo "$$notice" >&2; exit $$status; \
 	fi
 
 lint: $(VENV)/.installed-dev ## check the code with ruff
