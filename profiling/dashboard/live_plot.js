@@ -41,18 +41,19 @@ const config = {
   displaylogo: false, responsive: true, displayModeBar: 'hover', doubleClick: 'reset',
   modeBarButtonsToRemove: ['lasso2d', 'select2d', 'autoScale2d', 'zoomIn2d', 'zoomOut2d'],
 };
+let dragging = false;
 const draw = async () => {
   const figure = props.value;
-  if (!figure || !figure.data) return;
+  if (!figure || !figure.data || dragging) return;
   if (figure.summary && caption.textContent !== figure.summary) {
     caption.textContent = figure.summary;
     host.setAttribute('aria-label', figure.summary);
   }
   try {
     const plotly = await window.floraPlotly;
-    if (figure !== props.value) return;
+    if (figure !== props.value || dragging) return;
     // Plotly writes into what it is given: hand it a copy, gradio compares the original with the next value.
-    await plotly.react(host, structuredClone(JSON.parse(JSON.stringify(figure.data))), themed(JSON.parse(JSON.stringify(figure.layout))), config);
+    await plotly.react(host, JSON.parse(JSON.stringify(figure.data)), themed(JSON.parse(JSON.stringify(figure.layout))), config);
   } catch (error) {
     caption.textContent = `The chart could not be drawn (${error.message}). The downloads hold its data.`;
   }
@@ -75,6 +76,15 @@ element.addEventListener('click', (event) => {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 });
+// A redraw would cut short the box that the visitor is drawing: wait until the button is up and Plotly has zoomed.
+host.addEventListener('pointerdown', () => { dragging = true; }, true);
+for (const end of ['pointerup', 'pointercancel']) {
+  window.addEventListener(end, () => {
+    if (!dragging) return;
+    dragging = false;
+    setTimeout(draw, 100);
+  }, true);
+}
 new MutationObserver(draw).observe(document.body, { attributes: true, attributeFilter: ['class'] });
 draw();
 watch('value', draw);
