@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,6 +17,9 @@ from flora.engine.runner import EncodedRequest, Runner, State
 
 Event = TokenEvent | FinishEvent
 
+CONTEXT_TOKENS = 5
+"""How many of the prompt's tokens the new ones are decoded behind: one would do, were it not for tokens that show nothing."""
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -26,9 +30,15 @@ class Vocabulary:
     suppressed_at_begin: tuple[int, ...]  # not chosen as the first new token
     decode: Callable[[Sequence[int]], str]
 
-    def text(self, token_ids: Sequence[int]) -> str:
-        """What may be shown of these tokens: a last character of which not all bytes have come is held back."""
-        return self.decode(token_ids).rstrip("\ufffd")
+    def text(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+        """What may be shown of the tokens after a prompt: a last character of which not all bytes have come is held back.
+
+        They are decoded behind the prompt's last tokens, since some tokenizers (Llama-2's) drop the space that a text begins with.
+        """
+        context = [*prompt_ids[-CONTEXT_TOKENS:]]
+        before, whole = self.decode(context), self.decode([*context, *token_ids])
+        new = whole[len(before) :] if whole.startswith(before) else self.decode(token_ids)
+        return new.rstrip("\ufffd")
 
 
 @dataclass
@@ -169,7 +179,7 @@ class BatchGeneration:
                 num_new_tokens=len(row.token_ids),
                 stopped=row.text_end is not None,
                 _token_ids=tuple(row.token_ids[: row.text_end]),
-                _decode=self.vocabulary.text,
+                _decode=partial(self.vocabulary.text, row.encoded.prompt_ids),
             )
         ]
         if len(row.token_ids) == row.max_new_tokens:
@@ -180,7 +190,7 @@ class BatchGeneration:
         num_tokens = len(row.token_ids)
         started = self._started_s if self._started_s is not None else row.first_token_s
         row.completion = Completion(
-            text=self.vocabulary.text(row.token_ids),
+            text=self.vocabulary.text(row.encoded.prompt_ids, row.token_ids),
             token_ids=list(row.token_ids),
             finish_reason=reason,
             ttft_s=row.first_token_s - started if row.first_token_s else 0.0,

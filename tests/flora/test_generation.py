@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from flora import Engine, Request
 from flora.engine import FinishEvent, TokenEvent, generation
@@ -194,7 +197,27 @@ def test_an_answer_cut_inside_a_character_ends_before_it(tiny_engines, text, dat
     length = data.draw(st.integers(1, len(script)))
     whole = text.encode()[:length].decode(errors="ignore")
     vocabulary = tiny_engines["code"]._vocabulary
-    assert vocabulary.text(script[:length]) == whole
+    assert vocabulary.text(spell(tokenizer, "x = "), script[:length]) == whole
+
+
+def test_the_space_that_an_answer_begins_with_is_kept(checkpoints, tmp_path):
+    """A tokenizer in the manner of Llama-2's, whose decoder drops the first space of whatever it is given."""
+    symbols = ["<|endoftext|>", *"▁defnumix(:)=1\n", "é"]
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    folder = shutil.copytree(checkpoints["llama"].model, tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    engine = Engine.from_pretrained(folder, device="cpu")
+    prompt, answer = "def num(x):", "  num = x\n    é = 1"
+    prompt_ids = engine.tokenizer(prompt)["input_ids"]
+    token_ids = [symbols.index(symbol) for symbol in answer.replace(" ", "▁")]
+    assert engine.tokenizer.decode(token_ids) == answer[1:], "this tokenizer drops nothing: the test shows nothing"
+    for length in range(len(token_ids) + 1):
+        assert engine._vocabulary.text(prompt_ids, token_ids[:length]) == answer[:length]
+    (completion,) = engine.generate([Request(prompt, max_new_tokens=9, ignore_eos=True)])
+    whole = engine.tokenizer.decode([*prompt_ids, *completion.token_ids], skip_special_tokens=True)
+    assert prompt + completion.text == whole
 
 
 # --------------------------------------------------------------------------------------------------------- cancel, close
