@@ -216,6 +216,7 @@ def save(
     (partial / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(partial.iterdir()):
+        file.chmod(0o644)  # safetensors writes for the owner only
         file.replace(folder / file.name)
     partial.rmdir()
 
