@@ -24,6 +24,7 @@ PEFT_OPTIONS = {
     "rslora": {"use_rslora": True},
     "rank_pattern": {"rank_pattern": {"{last}": 5, r".*\.0\..*{first}": 2}},
     "alpha_pattern": {"alpha_pattern": {"{last}": 1, r".*\.1\..*{first}": 11}},
+    "patterns that overlap": {"alpha_pattern": {"{last}": 1, r".*\.1\..*{last}": 11}},
     "both patterns with rslora": {"use_rslora": True, "rank_pattern": {"{last}": 6}, "alpha_pattern": {"{first}": 3}},
 }
 
