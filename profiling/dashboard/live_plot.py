@@ -10,12 +10,14 @@ from typing import Any
 
 import gradio as gr
 import plotly
+from gradio.route_utils import API_PREFIX
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 _JS_ON_LOAD = (Path(__file__).parent / "live_plot.js").read_text(encoding="utf-8")
-_PLOTLY_ROUTE = "/instrument/plotly.min.js"
+# Below gradio's own prefix: with server-side rendering only that reaches Python, the rest is taken for a page.
+_PLOTLY_ROUTE = f"{API_PREFIX}/instrument/plotly.min.js"
 _ONE_YEAR_S = 365 * 24 * 3600
 
 

@@ -27,10 +27,11 @@ def build(engines: Mapping[str, Engine]) -> gr.Blocks:
     """The page for these engines, kind ("code", "speech") -> engine; serve it with `demo.launch(**launch_options())`."""
     device, stops = Device(), StopSignals()
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=True) as demo:
-        gr.HTML(_head(engines), apply_default_css=False, elem_id="head")
-        with gr.Tabs(elem_classes="tabs"):
-            with gr.Tab("Compare", id="compare"):
-                build_compare_tab(engines, device, stops)
+        with gr.Column(elem_id="flora-page"):
+            gr.HTML(_head(engines), apply_default_css=False, elem_id="head")
+            with gr.Tabs(elem_classes="tabs"):
+                with gr.Tab("Compare", id="compare"):
+                    build_compare_tab(engines, device, stops)
         add_endpoints(engines, device)
 
         def forget(request: gr.Request) -> None:

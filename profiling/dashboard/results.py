@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flora.engine import Agreement
 from profiling.compare import (
     CompareEvent,
     ComparisonResult,
@@ -272,14 +273,15 @@ class Results:
         return " · ".join(parts) or "&nbsp;"
 
 
-def _agreement(agreement: Any) -> str:
+def _agreement(agreement: Agreement | None) -> str:
     """The badge: whether each generated token is also the merged reference's choice."""
     if agreement is None:
-        return '<span title="not checked">not checked</span>'
-    agrees = agreement.agreeing == agreement.tokens
+        return '<span title="only tokens chosen at temperature 0 can be compared, once a run has ended">not checked</span>'
     words = f"{agreement.agreeing} of {agreement.tokens} tokens"
-    title = f"largest difference of a chosen logit: {agreement.max_logit_difference:.1e}"
-    return f'<span class="badge {"agrees" if agrees else "differs"}" title="{title}">{"✓" if agrees else "✗"} {words}</span>'
+    name, sign = ("agrees", "✓") if agreement.agreeing == agreement.tokens else ("differs", "✗")
+    difference = agreement.max_logit_difference
+    title = "" if difference is None else f' title="largest difference of a chosen token\'s logit: {difference:.1e}"'
+    return f'<span class="badge {name}"{title}>{sign} {words}</span>'
 
 
 MAX_ROWS = 16

@@ -105,7 +105,7 @@ def test_files_outside_are_not_served(app_url):
 
 
 def test_plotly_is_served_from_here_and_cached(app_url):
-    with urllib.request.urlopen(f"{app_url}instrument/plotly.min.js", timeout=30) as answer:
+    with urllib.request.urlopen(f"{app_url}gradio_api/instrument/plotly.min.js", timeout=30) as answer:
         assert "immutable" in answer.headers["cache-control"] and answer.headers["content-type"].startswith("text/javascript")
         assert len(answer.read()) > 1_000_000
     with urllib.request.urlopen(app_url, timeout=30) as answer:
