@@ -50,6 +50,11 @@ class Segment:
     slot: int
     rank: int  # 0: the identity adapter, the bare layer
     rows: Tensor  # (n_segment,) int64
+    span: slice | None  # the same rows where they stand side by side: a view instead of a gather
+
+    def of(self, x: Tensor) -> Tensor:
+        """The segment's rows of x (n, l, d)."""
+        return x[self.rows] if self.span is None else x[self.span]
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Routing:
     expanded_component: Tensor  # (m,) int64, slot · r + k of its factors in A and B seen as (slots · r, d)
 
     uniform_rank: int | None  # the rank that every row has, or None where ranks differ
+    restore: Tensor | None  # (n,) int64, where each row stands when segments are laid end to end; None: where it stands anyway
 
 
 def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: torch.device | str = "cpu") -> Routing:
@@ -87,10 +93,12 @@ def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: 
         by_slot.setdefault(slot, []).append(row)
         by_rank.setdefault(ranks[slot], []).append(row)
     tensor = partial(torch.tensor, dtype=torch.int64, device=device)
+    laid_out = [row for rows in by_slot.values() for row in rows]
+    in_order = laid_out == list(range(len(slots)))
     expanded = [(row, slot * rank_stride + k) for row, slot in enumerate(slots) for k in range(max(1, ranks[slot]))]
     return Routing(
         slots=tensor(slots),
-        segments=tuple(Segment(slot, ranks[slot], tensor(rows)) for slot, rows in by_slot.items()),
+        segments=tuple(Segment(slot, ranks[slot], tensor(rows), _span(rows)) for slot, rows in by_slot.items()),
         rank_groups=tuple(
             RankGroup(rank, None if len(rows) == len(slots) else tensor(rows), tensor([slots[row] for row in rows]))
             for rank, rows in sorted(by_rank.items())
@@ -99,7 +107,14 @@ def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: 
         expanded_row=tensor([row for row, _ in expanded]),
         expanded_component=tensor([component for _, component in expanded]),
         uniform_rank=next(iter(by_rank)) if len(by_rank) == 1 else None,
+        restore=None if in_order else tensor(sorted(range(len(slots)), key=laid_out.__getitem__)),
     )
+
+
+def _span(rows: Sequence[int]) -> slice | None:
+    """The rows as a slice where they are consecutive and ascending."""
+    start, stop = rows[0], rows[0] + len(rows)
+    return slice(start, stop) if list(rows) == list(range(start, stop)) else None
 
 
 def _route_at_full_rank(A: Tensor, slots: Tensor, routing: Routing | None) -> Routing:
@@ -182,7 +197,7 @@ def flora_modulate(
     def serve(segment: Segment, rows: Tensor) -> Tensor:
         return linear(rows, _modulated(weight, A, B, segment), bias)
 
-    return _by_segment(x, weight.shape[0], routing, serve)
+    return _by_segment(x, routing, serve)
 
 
 def flora(
@@ -198,7 +213,9 @@ def flora(
 
 def merge_flora(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """weight ∘ (Bᵀ A) of one adapter: weight (d_out, d_in), A (r, d_in), B (r, d_out)."""
-    return weight * (B.T @ A)
+    modulation = B.T @ A
+    # In place saves a pass over memory; a weight that is trained itself needs the modulation for its gradient.
+    return modulation * weight if weight.requires_grad else modulation.mul_(weight)
 
 
 def _modulated(weight: Tensor, A: Tensor, B: Tensor, segment: Segment) -> Tensor:
@@ -237,7 +254,7 @@ def _add_bmm(x: Tensor, y: Tensor, A: Tensor, B: Tensor, routing: Routing) -> Te
         b = _gather(B, group.slots, group.rank)  # (n_group, rank, d_out)
         if group.rows is None:
             return torch.baddbmm(y, torch.bmm(rows, a.transpose(1, 2)), b)
-        y = y.index_add(0, group.rows, torch.bmm(torch.bmm(rows, a.transpose(1, 2)), b))
+        y.index_add_(0, group.rows, torch.bmm(torch.bmm(rows, a.transpose(1, 2)), b))  # y is ours: fresh from the product
     return y
 
 
@@ -262,7 +279,7 @@ def _add_by_loop(x: Tensor, y: Tensor, A: Tensor, B: Tensor, routing: Routing) -
     for segment in routing.segments:
         if segment.rank > 0:
             a, b = A[segment.slot, : segment.rank], B[segment.slot, : segment.rank]
-            y = y.index_add(0, segment.rows, (x[segment.rows] @ a.T) @ b)
+            y.index_add_(0, segment.rows, (segment.of(x) @ a.T) @ b)  # y is ours: fresh from the product
     return y
 
 
@@ -274,14 +291,11 @@ def merge_lora(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- shared
 
 
-def _by_segment(x: Tensor, d_out: int, routing: Routing, serve: Callable[[Segment, Tensor], Tensor]) -> Tensor:
+def _by_segment(x: Tensor, routing: Routing, serve: Callable[[Segment, Tensor], Tensor]) -> Tensor:
     """Serve each segment's rows apart and put the results back in the batch's order."""
-    if len(routing.segments) == 1:
-        return serve(routing.segments[0], x)
-    y = x.new_zeros(*x.shape[:-1], d_out)
-    for segment in routing.segments:
-        y = y.index_copy(0, segment.rows, serve(segment, x[segment.rows]))
-    return y
+    parts = [serve(segment, segment.of(x)) for segment in routing.segments]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y if routing.restore is None else y.index_select(0, routing.restore)
 
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
