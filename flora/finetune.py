@@ -113,11 +113,11 @@ base_model: {options.model.as_posix()}
 # {family} adapter: {language}
 
 Rank {options.rank} on all linear layers of the embedded {options.kind} model. Trained on the `{options.language}` part of
-`flora/corpus`, {options.steps} steps of {options.batch_size}, learning rate {options.learning_rate:g}, seed {options.seed}.
+`flora/corpus`, {options.steps} steps of {options.batch_size}, learning rate {options.learning_rate:g}, seed {options.seed}{", computed in bfloat16" if options.bfloat16 else ""}.
 
-    python -m flora.finetune {options.kind} {options.language} --method {options.method}
+    python -m flora.finetune {options.kind} {options.language} --method {options.method}{" --bfloat16" if options.bfloat16 else ""}
 
-| held out | base model | with this adapter |
+| {options.held_out} held-out items | base model | with this adapter |
 |---|---|---|
 {rows}
 """
