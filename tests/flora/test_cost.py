@@ -66,7 +66,7 @@ class Count(TorchDispatchMode):
             self.products += result.numel() * args[0].shape[-1]
         elif function in (aten.addmm.default, aten.baddbmm.default):
             self.products += result.numel() * args[1].shape[-1]
-        elif function is aten.mul.Tensor:
+        elif function in (aten.mul.Tensor, aten.mul_.Tensor):
             self.scalings += result.numel()
         return result
 

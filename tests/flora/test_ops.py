@@ -234,8 +234,9 @@ def test_merged_weights_are_the_same_layer(family):
 @pytest.mark.parametrize("family, form", ALL_FORMS, ids=FORM_IDS)
 @pytest.mark.parametrize("routed", [True, False], ids=["routed", "unrouted"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-def test_gradients_are_the_references(family, form, routed, dtype):
-    """With respect to the input, both factors and the bias, as training needs them; the ranks are 1, 3 and 3."""
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_gradients_are_the_references(family, form, routed, dtype, frozen):
+    """With respect to the input, both factors and the bias, and to a base weight that is trained too; the ranks are 1, 3 and 3."""
     generator = torch.Generator().manual_seed(5)
     shapes = {"x": (5, 3, 17), "weight": (11, 17), "A": (3, 3, 17), "B": (3, 3, 11), "bias": (11,)}
     p = {name: torch.randn(*shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
@@ -244,9 +245,9 @@ def test_gradients_are_the_references(family, form, routed, dtype):
     p["A"][0, 1:] = p["B"][0, 1:] = 0.0
 
     def gradients(function, dtype, **options):
-        leaves = {name: tensor.to(dtype).requires_grad_(name != "weight") for name, tensor in p.items()}
+        wanted = ["x", "A", "B", "bias"] + ([] if frozen else ["weight"])
+        leaves = {name: tensor.to(dtype).requires_grad_(name in wanted) for name, tensor in p.items()}
         y = function(leaves["x"], leaves["weight"], leaves["A"], leaves["B"], torch.tensor(slots), leaves["bias"], **options)
-        wanted = ("x", "A", "B", "bias")
         return dict(
             zip(wanted, torch.autograd.grad((y * upstream.to(dtype)).sum(), [leaves[name] for name in wanted]), strict=True)
         )
