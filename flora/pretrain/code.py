@@ -276,9 +276,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("runs/pretrain-code"),
         help="checkpoints and log; a run resumes from here",
     )
-    parser.add_argument("--steps", type=int, default=2100, help="in all")
+    parser.add_argument("--steps", type=int, default=4500, help="in all")
     parser.add_argument("--cooldown-steps", type=int, default=700, help="the last of them, at a faster falling rate")
-    parser.add_argument("--planned-steps", type=int, default=2800, help="that the first part's learning rate is for")
+    parser.add_argument("--planned-steps", type=int, default=4500, help="that the first part's learning rate is for")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--python-share", type=float, default=0.7, help="share of Python among the programs")
     parser.add_argument("--width", type=int, default=256)
