@@ -2,7 +2,7 @@
 SHELL := /bin/sh
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint assets clean
 
 HOST ?= 127.0.0.1
 PORT ?= 7860
@@ -29,6 +29,20 @@ test: $(VENV)/.installed-dev ## run all tests, in a real browser too where one i
 
 lint: $(VENV)/.installed-dev ## check the code with ruff
 	@$(VENV)/bin/ruff check .
+
+assets: $(VENV)/.installed ## make the models, adapters and clips in assets/ again (hours; resumes where it was interrupted)
+	@sh .ci/tools $(VENV) >/dev/null || true
+	$(VENV)/bin/python -m flora.corpus.speech --clips assets/clips
+	$(VENV)/bin/python -m flora.pretrain code
+	$(VENV)/bin/python -m flora.pretrain speech
+	for method in flora lora; do \
+		for tag in d pl rb rs rkt swift jl lua r; do \
+			$(VENV)/bin/python -m flora.finetune code $$tag --method $$method --bfloat16 || exit 1; \
+		done; \
+		for tag in ar cs lt mr mn hi; do \
+			$(VENV)/bin/python -m flora.finetune speech $$tag --method $$method --bfloat16 || exit 1; \
+		done; \
+	done
 
 clean: ## remove .venv and what tools left behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -143,6 +143,7 @@ def run(options: argparse.Namespace) -> int:
     print(table(points), end="\n\n")
     print(*verdict(points), sep="\n")
     if options.json:
-        rows = [json.dumps(point.as_dict() | {"seed": 0, "hardware": facts}, ensure_ascii=False) for point in points]
+        shared = {"seed": 0, "hardware": facts, "command": report.own_command()}
+        rows = [json.dumps(point.as_dict() | shared, ensure_ascii=False) for point in points]
         report.write_text(options.json, "\n".join(rows) + "\n")
     return 0

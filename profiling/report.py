@@ -7,6 +7,8 @@ from __future__ import annotations
 import html
 import json
 import os
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -323,3 +325,12 @@ def write_text(path: str | os.PathLike, content: str) -> None:
         Path(path).write_bytes(content.encode("utf-8"))
     except OSError as error:
         raise RequestError(f"cannot write {Path(path).name!r}: {error.strerror}") from error
+
+
+def own_command() -> str:
+    """The `python -m profiling …` line that is running, without where it writes its rows: for the rows themselves."""
+    words = sys.argv[1:]
+    while "--json" in words:
+        place = words.index("--json")
+        del words[place : place + 2]
+    return shlex.join(["python", "-m", "profiling", *words])

@@ -168,6 +168,7 @@ def run(options: argparse.Namespace) -> int:
     promises += (steps := decode_steps(options.max_new_tokens, options.repeats))
     print(*steps, sep="\n")
     if options.json:
-        rows = [json.dumps(promise.as_dict() | {"hardware": facts}, ensure_ascii=False) for promise in promises]
+        shared = {"repeats": options.repeats, "hardware": facts, "command": report.own_command()}
+        rows = [json.dumps(promise.as_dict() | shared, ensure_ascii=False) for promise in promises]
         report.write_text(options.json, "\n".join(rows) + "\n")
     return 0 if all(promise.kept for promise in promises) else 1
