@@ -22,6 +22,7 @@ from profiling.compare import (
 from profiling.dashboard.code_html import highlighted, transcript
 from profiling.dashboard.live_cells import cells_value
 from profiling.dashboard.live_plot import plot_value
+from profiling.explain import why
 from profiling.figures import METHOD_STYLES, live_tokens_per_s
 
 SIDES = ("left", "right")
@@ -222,7 +223,7 @@ class Results:
             return f"n = {len(self._decode_seconds(self.methods[0]))} paired steps so far · live"
         result = self.result
         pairs = result.ratio.n if result.ratio else 0
-        return " · ".join(
+        facts = " · ".join(
             [
                 f"peak memory {result.peak_memory_bytes / 1e6:,.0f} MB ({html.escape(result.peak_memory_of)})",
                 f"n = {pairs} paired decode steps after {result.warmup_steps} warm-up steps",
@@ -230,6 +231,7 @@ class Results:
                 "live, on this machine",
             ]
         )
+        return f"{facts}<br>{html.escape(why(result))}"
 
     def table(self) -> dict[str, Any]:
         """The results table: one row per request, a cell per method."""
