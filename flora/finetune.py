@@ -29,7 +29,7 @@ MODELS = {"code": Path("assets/models/code"), "speech": Path("assets/models/spee
 METHODS = {"flora": "flora", "lora": "loop-lora"}
 """Method of the adapter → the op that trains it: with one adapter in the batch, loop-lora is two plain products."""
 
-LEARNING_RATES = {("code", "flora"): 3e-2, ("code", "lora"): 5e-3, ("speech", "flora"): 3e-2, ("speech", "lora"): 5e-3}
+LEARNING_RATES = {("code", "flora"): 1e-2, ("code", "lora"): 5e-3, ("speech", "flora"): 3e-2, ("speech", "lora"): 5e-3}
 """A multiplicative adapter wants the larger rate (PAPER: 8e-3 to 1e-4 at StarCoder's size; here the layers are narrow)."""
 
 
