@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 import tiny_models
 import transformers
+from hypothesis import HealthCheck, settings
 
 from flora import Engine
 
 transformers.utils.logging.disable_progress_bar()
+# A machine that is busy with something else makes examples slow, not wrong.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 RANKS = {"aa": {"flora": 1, "lora": 8}, "bb": {"flora": 3, "lora": 1}, "cc": {"flora": 8, "lora": 3}}
 """Tags of every tiny model, each with an adapter of both families; `bb`'s fLoRA was trained with the mean over components."""

@@ -110,7 +110,7 @@ def test_an_architecture_of_conv1d_layers(tmp_path):
     sources = {
         tag: [
             tiny_models.save_flora_adapter(tmp_path / tag / "flora", plain, layers, rank, seed),
-            tiny_models.save_peft_lora(tmp_path / tag / "lora", made, layers, rank, seed),
+            tiny_models.save_peft_lora(tmp_path / tag / "lora", made, layers, rank, seed, fan_in_fan_out=True),
         ]
         for seed, (tag, rank) in enumerate({"aa": 1, "bb": 4}.items())
     }

@@ -186,7 +186,7 @@ def test_a_character_of_several_tokens_is_never_shown_broken(scripted):
     assert texts[-1] == MANY_BYTES and set(MANY_BYTES[: n + 1] for n in range(len(MANY_BYTES))) == set(texts) - {""}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     text=st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="\ufffd"), min_size=1, max_size=12),
     data=st.data(),

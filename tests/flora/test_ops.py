@@ -292,7 +292,7 @@ def assert_same(y: torch.Tensor, expected: torch.Tensor, what: str) -> None:
     assert max_diff <= 1e-11 * (1 + expected.abs().max().item()), f"{what}: max_diff {max_diff:.3g}"
 
 
-properties = settings(max_examples=40, deadline=None)
+properties = settings(max_examples=40)
 each_form = pytest.mark.parametrize("form", [form for _, form in ALL_FORMS], ids=FORM_IDS)
 
 
