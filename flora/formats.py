@@ -188,7 +188,7 @@ def _pairs(tensors: dict[str, Tensor], suffix_A: str, suffix_B: str, name: str) 
 
 
 def _alpha(config: dict, layer: str, rank: int, name: str) -> float:
-    """PEFT's lora_alpha, or that of the first alpha_pattern whose key, a regular expression, matches the end of the layer's name."""
+    """PEFT's lora_alpha, or that of the first alpha_pattern whose key, a regular expression, matches the layer's name's end."""
     alpha, pattern = config.get("lora_alpha", rank), config.get("alpha_pattern") or {}
     if not isinstance(pattern, dict):
         raise CheckpointError(f"adapter {name}: alpha_pattern is not an object; save the adapter again")
