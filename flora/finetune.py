@@ -47,6 +47,7 @@ class AdapterTraining(nn.Module):
         self._layers = inject(loaded.model, self._holder, skip=(loaded.model.get_output_embeddings(),))
         self._routings: dict[int, ops.Routing] = {}
         self.rank = rank
+        self.scale = 1.0 / rank if method == "flora" and config.combine == "mean" else 1.0  # of B: the mean over components
         generator = torch.Generator().manual_seed(seed)
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for name, layer in self._layers.items():
@@ -62,7 +63,8 @@ class AdapterTraining(nn.Module):
 
     def plan(self, layer: str) -> LayerPlan:
         """Every row of the batch is served by the one adapter: slot 0 of A (1, r, d_in) and B (1, r, d_out)."""
-        return LayerPlan(self.A[_key(layer)][None], self.B[_key(layer)][None], self._routing)
+        A, B = self.A[_key(layer)], self.B[_key(layer)]
+        return LayerPlan(A[None], (B if self.scale == 1.0 else self.scale * B)[None], self._routing)
 
     @contextmanager
     def serving(self, num_rows: int, adapted: bool = True) -> Iterator[nn.Module]:
@@ -105,6 +107,7 @@ def adapter_card(options: argparse.Namespace, language: str, score: dict[str, fl
     """The adapter's README: what it is, how it was made, what it scores beside the base model."""
     rows = "\n".join(f"| {name} | {base_score[name]:.3f} | {value:.3f} |" for name, value in score.items())
     family = "fLoRA" if options.method == "flora" else "LoRA"
+    computed = ", computed in bfloat16" if options.bfloat16 else ""
     return f"""---
 license: apache-2.0
 library_name: peft
@@ -113,7 +116,7 @@ base_model: {options.model.as_posix()}
 # {family} adapter: {language}
 
 Rank {options.rank} on all linear layers of the embedded {options.kind} model. Trained on the `{options.language}` part of
-`flora/corpus`, {options.steps} steps of {options.batch_size}, learning rate {options.learning_rate:g}, seed {options.seed}{", computed in bfloat16" if options.bfloat16 else ""}.
+`flora/corpus`, {options.steps} steps of {options.batch_size}, learning rate {options.learning_rate:g}, seed {options.seed}{computed}.
 
     python -m flora.finetune {options.kind} {options.language} --method {options.method}{" --bfloat16" if options.bfloat16 else ""}
 

@@ -31,14 +31,17 @@ class Vocabulary:
     decode: Callable[[Sequence[int]], str]
 
     def text(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
-        """What may be shown of the tokens after a prompt: a last character of which not all bytes have come is held back.
+        """The text of the tokens after a prompt.
 
         They are decoded behind the prompt's last tokens, since some tokenizers (Llama-2's) drop the space that a text begins with.
         """
         context = [*prompt_ids[-CONTEXT_TOKENS:]]
         before, whole = self.decode(context), self.decode([*context, *token_ids])
-        new = whole[len(before) :] if whole.startswith(before) else self.decode(token_ids)
-        return new.rstrip("\ufffd")
+        return whole[len(before) :] if whole.startswith(before) else self.decode(token_ids)
+
+    def text_so_far(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+        """`text`, without a last character of which not all bytes have come."""
+        return self.text(prompt_ids, token_ids).rstrip("\ufffd")
 
 
 @dataclass
@@ -179,7 +182,7 @@ class BatchGeneration:
                 num_new_tokens=len(row.token_ids),
                 stopped=row.text_end is not None,
                 _token_ids=tuple(row.token_ids[: row.text_end]),
-                _decode=partial(self.vocabulary.text, row.encoded.prompt_ids),
+                _decode=partial(self.vocabulary.text_so_far, row.encoded.prompt_ids),
             )
         ]
         if len(row.token_ids) == row.max_new_tokens:

@@ -84,6 +84,11 @@ def _right_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> T
     return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sequences], device=device)
 
 
+def _sliding_window(config: Any) -> int | None:
+    """Positions that a token can look back, for a model that limits them."""
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+
+
 class CodeRunner:
     """Decoder-only language models: GPTBigCode, Llama, and others that take a 4-D mask and position_ids."""
 
@@ -91,7 +96,8 @@ class CodeRunner:
         self.model, self.tokenizer, self.bank = loaded.model, loaded.tokenizer, bank
         self.device = loaded.model.device
         config = loaded.model.config
-        self.context_length = config.max_position_embeddings
+        # Within a sliding window, attention is the full one; beyond it the mask of a batch would have to know the window.
+        self.context_length = min(config.max_position_embeddings, _sliding_window(config) or config.max_position_embeddings)
         self.num_layers = config.num_hidden_layers
 
     def encode(self, request: Request) -> EncodedRequest:

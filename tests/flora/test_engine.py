@@ -237,7 +237,7 @@ def test_the_stop_token_ends_an_answer_and_is_left_out(checkpoints, tmp_path):
     go_on, stop = engine.generate([request, Request("for i in range(", adapter="cc", max_new_tokens=20)])
     assert (stop.token_ids, stop.finish_reason) == (free[:at], "stop")
     assert (go_on.token_ids, go_on.finish_reason) == (free, "length")
-    assert stop.text == engine.tokenizer.decode(free[:at], skip_special_tokens=True).rstrip("\ufffd")
+    assert stop.text == engine.tokenizer.decode(free[:at], skip_special_tokens=True)
     merged = tiny_models.load_merged(folder, checkpoints["code"].adapters["cc"]["flora"])
     ids = engine.tokenizer(request.prompt, return_tensors="pt").input_ids
     theirs = merged.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0)

@@ -11,8 +11,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flora import Engine, Request
-from flora.finetune import main
+from flora.finetune import AdapterTraining, main, parse
 from flora.formats import read_adapter
+from flora.models import load_model
+from flora.pretrain.loop import load_checkpoint
+from flora.tuner import FloraConfig
 
 MODEL = Path(__file__).resolve().parents[2] / "assets" / "models" / "code"
 PROMPT = "-- Return the sum of the numbers in xs.\nlocal function total(xs)\n"
@@ -35,6 +38,12 @@ def command(folder: Path, method: str, *more: str) -> list[str]:
     ]
     output = ["--output", str(folder / method), "--run-folder", str(folder / f"run-{method}"), "--threads", "1"]
     return ["code", "lua", "--method", method, *shared, *output, *more]
+
+
+def groups_of(training: AdapterTraining) -> list[dict]:
+    """The optimizer's groups as the training loop makes them: matrices, then vectors."""
+    parameters = [parameter for parameter in training.parameters() if parameter.requires_grad]
+    return [{"params": [p for p in parameters if p.ndim >= 2]}, {"params": [p for p in parameters if p.ndim < 2]}]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +92,25 @@ def test_finished_run_resumes_at_its_end(trained, capsys):
     assert main(command(trained, "flora")) == 0  # the checkpoint says that all four steps are done
     after = read_adapter(trained / "flora").factors
     assert all(torch.equal(before[layer][0], after[layer][0]) for layer in before)
+
+
+def test_an_adapter_that_learns_the_mean_is_served_as_the_mean(tmp_path):
+    """What is trained is what is served: the held-out score of the card, again, from the saved folder."""
+    assert main(command(tmp_path, "flora", "--init", "noise")) == 0
+    assert json.loads((tmp_path / "flora" / "adapter_config.json").read_text())["combine"] == "mean"
+    options = parse(command(tmp_path, "flora", "--init", "noise"))
+    loaded = load_model(MODEL, device="cpu", dtype="float32")
+    training = AdapterTraining(loaded, "flora", 2, FloraConfig(r=2, init="noise"), seed=0)
+    load_checkpoint(options.run_folder, training, torch.optim.AdamW(groups_of(training)))
+    ids = AutoTokenizer.from_pretrained(MODEL)(PROMPT, return_tensors="pt").input_ids
+    with training.serving(1) as model, torch.inference_mode():
+        trained = model(ids).logits
+    engine = Engine.from_pretrained(MODEL, adapters={"lua": tmp_path / "flora"}, device="cpu")
+    serving = engine.bank.serving(["lua"], "flora")
+    with engine.bank.serve(serving), torch.inference_mode():
+        served = engine.model(ids).logits
+    difference = (trained - served).abs().max().item()
+    assert difference < 0.05 * trained.abs().max().item(), f"max_diff {difference}"
 
 
 @pytest.mark.parametrize(
