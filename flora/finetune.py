@@ -107,6 +107,7 @@ def adapter_card(options: argparse.Namespace, language: str, score: dict[str, fl
     """The adapter's README: what it is, how it was made, what it scores beside the base model."""
     rows = "\n".join(f"| {name} | {base_score[name]:.3f} | {value:.3f} |" for name, value in score.items())
     family = "fLoRA" if options.method == "flora" else "LoRA"
+    rate = options.learning_rate
     computed = ", computed in bfloat16" if options.bfloat16 else ""
     return f"""---
 license: apache-2.0
@@ -116,7 +117,7 @@ base_model: {options.model.as_posix()}
 # {family} adapter: {language}
 
 Rank {options.rank} on all linear layers of the embedded {options.kind} model. Trained on the `{options.language}` part of
-`flora/corpus`, {options.steps} steps of {options.batch_size}, learning rate {options.learning_rate:g}, seed {options.seed}{computed}.
+`flora/corpus`, {options.steps} steps of {options.batch_size}, learning rate {rate:g}, seed {options.seed}{computed}.
 
     python -m flora.finetune {options.kind} {options.language} --method {options.method}{" --bfloat16" if options.bfloat16 else ""}
 

@@ -20,7 +20,7 @@ another row's rank. It depends on the batch alone: build it once a step and hand
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -78,6 +78,15 @@ class Routing:
 
     uniform_rank: int | None  # the rank that every row has, or None where ranks differ
     restore: Tensor | None  # (n,) int64, where each row stands when segments are laid end to end; None: where it stands anyway
+    _forms: dict[tuple[int, int, str], str] = field(default_factory=dict, repr=False, compare=False)
+
+    def cheaper_form(self, length: int, element_size: int, device_type: str) -> str:
+        """`flora.cost.cheaper_form` for rows of `length` tokens, worked out once: every layer of a step asks the same."""
+        key = (length, element_size, device_type)
+        if key not in self._forms:
+            tokens_and_ranks = [(segment.rows.shape[0] * length, segment.rank) for segment in self.segments]
+            self._forms[key] = cheaper_form(tokens_and_ranks, element_size, device_type)
+        return self._forms[key]
 
 
 def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: torch.device | str = "cpu") -> Routing:
@@ -205,8 +214,7 @@ def flora(
 ) -> Tensor:
     """fLoRA in the form that `flora.cost` expects to be cheaper for this batch. Both forms are exact."""
     routing = _route_at_full_rank(A, slots, routing)
-    tokens_and_ranks = [(segment.rows.shape[0] * x.shape[1], segment.rank) for segment in routing.segments]
-    form = cheaper_form(tokens_and_ranks, weight.element_size(), x.device.type)
+    form = routing.cheaper_form(x.shape[1], weight.element_size(), x.device.type)
     chosen = flora_modulate if form == "flora-modulate" else flora_expand
     return chosen(x, weight, A, B, slots, bias, routing)
 
