@@ -7,6 +7,7 @@ python app.py --code-model bigcode/starcoderbase-1b --code-adapters lua=path/to/
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -78,10 +79,12 @@ def parser() -> argparse.ArgumentParser:
 def load_engines(options: argparse.Namespace) -> dict[str, Engine]:
     """kind -> engine, as the command line asks. Raises the FloraError that says what is wrong with a model or an adapter."""
     import torch
+    import transformers
 
     from flora import Engine, ModelError
     from profiling import workload
 
+    transformers.utils.logging.disable_progress_bar()  # the models that ship load in a blink
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     engines = {}
@@ -107,6 +110,7 @@ def load_engines(options: argparse.Namespace) -> dict[str, Engine]:
 def build_demo(options: argparse.Namespace) -> gradio.Blocks:
     """The page, not yet served."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported: nothing is sent anywhere
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises to install what this app does not use
     from profiling.dashboard import page
 
     return page.build(load_engines(options))

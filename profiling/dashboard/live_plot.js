@@ -37,10 +37,29 @@ const themed = (layout) => {
     ...axes,
   });
 };
-const config = {
-  displaylogo: false, responsive: true, displayModeBar: 'hover', doubleClick: 'reset',
-  modeBarButtonsToRemove: ['lasso2d', 'select2d', 'autoScale2d', 'zoomIn2d', 'zoomOut2d'],
+// Plotly's own uirevision gives up the end of a zoomed axis that the figure moves, as a growing axis does: so the visitor's ranges
+// are kept here, until a double click or a figure of another revision.
+let zoom = { revision: null, ranges: {} };
+const keepZoom = (change) => {
+  for (const axis of ['xaxis', 'yaxis']) {
+    const ends = change[`${axis}.range`] || [change[`${axis}.range[0]`], change[`${axis}.range[1]`]];
+    if (ends[0] !== undefined && ends[1] !== undefined) zoom.ranges[axis] = [...ends];
+  }
 };
+const forgetZoom = () => {
+  zoom.ranges = {};
+  draw();
+};
+const zoomed = (layout) => {
+  if (zoom.revision !== layout.uirevision) zoom = { revision: layout.uirevision, ranges: {} };
+  return merge(layout, Object.fromEntries(Object.entries(zoom.ranges).map(([axis, range]) => [axis, { range: [...range] }])));
+};
+const config = (plotly) => ({
+  displaylogo: false, responsive: true, displayModeBar: 'hover', doubleClick: false,
+  modeBarButtonsToRemove: ['lasso2d', 'select2d', 'autoScale2d', 'zoomIn2d', 'zoomOut2d', 'resetScale2d'],
+  modeBarButtonsToAdd: [{ name: 'whole', title: 'Show the whole run', icon: plotly.Icons.home, click: forgetZoom }],
+});
+let listening = false;
 let dragging = false;
 const draw = async () => {
   const figure = props.value;
@@ -53,7 +72,13 @@ const draw = async () => {
     const plotly = await window.floraPlotly;
     if (figure !== props.value || dragging) return;
     // Plotly writes into what it is given: hand it a copy, gradio compares the original with the next value.
-    await plotly.react(host, JSON.parse(JSON.stringify(figure.data)), themed(JSON.parse(JSON.stringify(figure.layout))), config);
+    const { data, layout } = JSON.parse(JSON.stringify(figure));
+    await plotly.react(host, data, zoomed(themed(layout)), config);
+    if (!listening) {
+      listening = true;
+      host.on('plotly_doubleclick', () => { resetting = true; });
+      host.on('plotly_relayout', remember);
+    }
   } catch (error) {
     caption.textContent = `The chart could not be drawn (${error.message}). The downloads hold its data.`;
   }

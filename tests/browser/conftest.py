@@ -24,8 +24,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / "build" / "screenshots"
-START_S = 120
-RUN_MS = 120_000
+START_S = 300
+RUN_MS = 240_000
 
 
 def find_chromium() -> str | None:
@@ -128,7 +128,7 @@ def open_page(browser, app_url):
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme, accept_downloads=True)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(60_000)
         page.on("console", listen)
         page.on("pageerror", lambda error: complaints.append(f"uncaught: {error}"))
         page.on("request", lambda request: _foreign(request.url, app_url, complaints))

@@ -184,6 +184,8 @@ def test_the_chart_is_one_node_and_keeps_its_zoom(open_page):
     assert page.evaluate("document.querySelector('#chart [data-plot]') === window.firstPlot")
     assert page.evaluate("window.firstPlot.data[0].x.length") > points
     assert page.evaluate(ranges) == zoomed
+    page.mouse.dblclick(plot["x"] + 0.5 * plot["width"], plot["y"] + 0.5 * plot["height"])
+    page.wait_for_function(f"{ranges}[0] === 0 && {ranges}[1] > 200")
     assert "tokens/s" in page.evaluate("window.firstPlot.layout.yaxis.title.text")
     assert len(page.locator("#chart [data-plot]").get_attribute("aria-label")) > 40
 
