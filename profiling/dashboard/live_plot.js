@@ -73,11 +73,11 @@ const draw = async () => {
     if (figure !== props.value || dragging) return;
     // Plotly writes into what it is given: hand it a copy, gradio compares the original with the next value.
     const { data, layout } = JSON.parse(JSON.stringify(figure));
-    await plotly.react(host, data, zoomed(themed(layout)), config);
+    await plotly.react(host, data, zoomed(themed(layout)), config(plotly));
     if (!listening) {
       listening = true;
-      host.on('plotly_doubleclick', () => { resetting = true; });
-      host.on('plotly_relayout', remember);
+      host.on('plotly_relayout', keepZoom);
+      host.on('plotly_doubleclick', forgetZoom);
     }
   } catch (error) {
     caption.textContent = `The chart could not be drawn (${error.message}). The downloads hold its data.`;
