@@ -131,6 +131,7 @@ def test_one_click_shows_everything(open_page, screenshot, tmp_path, theme, widt
         assert float(figure(page, f"{side}_rate").replace(",", "")) > 0
         assert figure(page, f"{side}_ttft").endswith("ms") and figure(page, f"{side}_tpot").endswith("ms")
         assert figure(page, f"{side}_agreement").startswith("✓")
+    assert page.locator("#chart [data-caption]").inner_text().startswith("Tokens per second"), "the chart is drawn"
     assert re.search(r"\d\.\d\d× \[\d+\.\d\d, \d+\.\d\d\]", figure(page, "ratio"))
     assert "warm-up" in figure(page, "facts") and "peak memory" in figure(page, "facts") and "live" in figure(page, "facts")
     page.wait_for_function("document.querySelector('#reproduce code').textContent.startsWith('python')")
@@ -139,11 +140,13 @@ def test_one_click_shows_everything(open_page, screenshot, tmp_path, theme, widt
     assert page.locator("#stop").is_disabled()
 
     page.wait_for_timeout(500)
-    path = screenshot(page, f"done-{theme}-{width}")
+    screenshot(page, f"done-{theme}-{width}")
     if os.environ.get("FLORA_README_PICTURE") == "1" and (theme, width) == ("light", 1280):
         picture = ROOT / "assets" / "figures" / "page.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
-        picture.write_bytes(path.read_bytes())
+        page.set_viewport_size({"width": 1280, "height": 1060})
+        page.wait_for_timeout(500)
+        page.screenshot(path=picture)
 
     for name, button in (("jsonl", "#download-jsonl"), ("csv", "#download-csv"), ("html", "#download-report")):
         with page.expect_download() as download:
