@@ -65,7 +65,11 @@ def _compare(engines: Mapping[str, Engine], device: Device, rows: Any, methods: 
             raise RequestError('"methods" must be a list of method names, such as ["flora", "bmm-lora"].')
         if not requests:
             return {"failures": failures}
-        run = device.start(partial(compare, engines, requests, methods, warmup_steps=WARMUP_STEPS, audio_names=names))
+        run = device.start(
+            partial(
+                compare, engines, requests, methods, warmup_steps=WARMUP_STEPS, should_stop=device.closing.is_set, audio_names=names
+            )
+        )
         result = None
         while not run.done:
             for event in run.fetch(1.0):

@@ -198,7 +198,7 @@ def _run(engines: Mapping[str, Engine], device: Device, stopped: threading.Event
         requests,
         wanted.methods,
         warmup_steps=WARMUP_STEPS,
-        should_stop=stopped.is_set,
+        should_stop=lambda: stopped.is_set() or device.closing.is_set(),
         audio_names=audio_names,
     )
     try:

@@ -73,10 +73,13 @@ class Device:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
         self._lock = threading.Lock()
         self._line: list[Run] = []  # the one under way first
+        self.closing = threading.Event()  # the server is going down: comparisons have to stop at their next step
 
     def start(self, comparison: Callable[[], Iterator[CompareEvent]]) -> Run:
-        """Put `comparison()` in line. Raises RequestError where too many wait already."""
+        """Put `comparison()` in line. Raises RequestError where too many wait already, or the server is going down."""
         run = Run()
+        if self.closing.is_set():
+            raise RequestError("the server is going down: try again later")
         with self._lock:
             if len(self._line) >= MAX_IN_LINE:
                 raise RequestError(f"{len(self._line)} runs are in line for the device already: try again in a minute")
@@ -88,6 +91,14 @@ class Device:
         """How many runs stand before this one; 0 for the one under way, or done."""
         with self._lock:
             return self._line.index(run) if run in self._line else 0
+
+    def close(self) -> None:
+        """Stop the run under way, begin no other, and let the thread end."""
+        self.closing.set()
+        with self._lock:
+            for run in self._line:
+                run.abandoned = True
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _work(self, run: Run, comparison: Callable[[], Iterator[CompareEvent]]) -> None:
         try:

@@ -23,10 +23,22 @@ MAX_THREADS = 60  # every run in line holds one, the rest answers clicks
 MAX_FILE_SIZE = "10mb"
 
 
-def build(engines: Mapping[str, Engine]) -> gr.Blocks:
+class Page(gr.Blocks):
+    """The page with the device it runs on; closing it stops the run under way."""
+
+    def __init__(self, device: Device, **keywords: Any):
+        super().__init__(**keywords)
+        self.device = device
+
+    def close(self, verbose: bool = True) -> None:
+        self.device.close()
+        super().close(verbose)
+
+
+def build(engines: Mapping[str, Engine]) -> Page:
     """The page for these engines, kind ("code", "speech") -> engine; serve it with `demo.launch(**launch_options())`."""
     device, stops = Device(), StopSignals()
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=True) as demo:
+    with Page(device, title=TITLE, analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=True) as demo:
         with gr.Column(elem_id="flora-page"):
             gr.HTML(_head(engines), apply_default_css=False, elem_id="head")
             with gr.Tabs(elem_classes="tabs"):

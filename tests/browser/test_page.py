@@ -341,6 +341,17 @@ def test_a_second_visitor_waits_in_line(open_page):
     assert wait_until_ended(second) == "done"
 
 
+def test_a_visitor_who_leaves_frees_the_device(open_page):
+    first, second = open_page(), open_page()
+    make_it_long(first)
+    press_run(first)
+    wait_until_decoding(first)
+    first.context.close()
+    second.locator("#max-new-tokens input").fill("3")
+    press_run(second)
+    assert wait_until_ended(second) == "done"
+
+
 def test_examples_fill_and_add(open_page):
     page = open_page()
     page.locator("#remove-code-0").click()

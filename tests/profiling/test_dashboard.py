@@ -11,7 +11,6 @@ import pytest
 
 from flora.engine import Agreement
 from flora.errors import RequestError
-from profiling.compare import Progress, RowFailed, RowText, Started, StepTimed
 from profiling.dashboard import device as device_module
 from profiling.dashboard.code_html import highlighted, transcript
 from profiling.dashboard.device import Device, StopSignals
@@ -28,6 +27,7 @@ from profiling.dashboard.results import (
     milliseconds,
     sentence,
 )
+from profiling.compare import Progress, RowFailed, RowText, Started, StepTimed
 
 METHODS = ("flora", "bmm-lora")
 
@@ -189,6 +189,23 @@ def test_a_comparison_that_breaks_hands_over_its_error_and_frees_the_device():
     assert len(finish(run)) == 1 and isinstance(run.error, ZeroDivisionError)
     after = device.start(lambda: iter([Progress("decode", 1, 1)]))
     assert len(finish(after)) == 1 and after.error is None
+
+
+def test_closing_stops_the_run_under_way_and_begins_no_other():
+    device = Device()
+
+    def endless():
+        while not device.closing.is_set():
+            yield Progress("decode", 1, 1)
+            time.sleep(0.01)
+
+    runs = [device.start(endless), device.start(endless)]
+    assert runs[0].fetch(0.2)
+    device.close()
+    finish(runs[0])
+    assert runs[0].done and runs[0].error is None
+    with pytest.raises(RequestError, match="going down"):
+        device.start(endless)
 
 
 def test_stop_signals_are_per_session_and_fresh_for_each_run():
