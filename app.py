@@ -110,7 +110,6 @@ def load_engines(options: argparse.Namespace) -> dict[str, Engine]:
 def build_demo(options: argparse.Namespace) -> gradio.Blocks:
     """The page, not yet served."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported: nothing is sent anywhere
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises to install what this app does not use
     from profiling.dashboard import page
 
     return page.build(load_engines(options))
@@ -134,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve; 0 when stopped, 2 with one line on stderr for bad input."""
     command_line = parser()
     options = command_line.parse_args(arguments)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported it advises to install what this app does not use
     # Heavy imports wait until the command line is known to be good: --help and a mistyped option answer at once.
     from flora.errors import FloraError
 
