@@ -16,7 +16,9 @@ from transformers.utils import logging as transformers_logging
 from flora.engine import Engine, Request
 from flora.errors import ModelError, RequestError
 from profiling import hardware, report, workload
-from profiling.compare import ComparisonResult, Finished, Progress, checked_methods, compare
+from profiling.compare import checked_methods, compare
+from profiling.comparison import ComparisonResult
+from profiling.events import Finished, Progress
 from profiling.hardware import public_name
 
 

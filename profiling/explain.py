@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from profiling.compare import ComparisonResult
+from profiling.comparison import ComparisonResult
 from profiling.figures import METHOD_STYLES
 
 EXPANDING = ("flora", "flora-expand")  # a decode step has a row or two per adapter: `flora` expands there

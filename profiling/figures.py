@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from profiling.compare import StepTimed
+    from profiling.events import StepTimed
 
 MAX_POINTS = 1000  # per trace; longer series are drawn as medians of equally many neighbours
 SPIKE = 3.0  # the axis ends at so many times the 90th percentile at most

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from flora.errors import RequestError
 from profiling import figures
-from profiling.compare import ComparisonResult, MethodFigures
+from profiling.comparison import ComparisonResult, MethodFigures
 from profiling.timing import Ratio
 
 NOTE = (

@@ -14,10 +14,11 @@ from gradio.utils import get_upload_folder
 from flora.engine import Engine, Request
 from flora.errors import AudioError, FloraError, RequestError
 from profiling import workload
-from profiling.compare import Finished, compare
+from profiling.compare import compare
 from profiling.dashboard.compare import MAX_NEW_TOKENS, WARMUP_STEPS, check_prompt_length
 from profiling.dashboard.device import MAX_IN_LINE, SERVER_ERROR, Device
 from profiling.dashboard.results import sentence
+from profiling.events import Finished
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from flora.engine import Engine, Request
 from flora.errors import AudioError, FloraError, RequestError
 from flora.ops import METHODS
 from profiling import report, workload
-from profiling.compare import ComparisonResult, compare
+from profiling.compare import compare
+from profiling.comparison import ComparisonResult
 from profiling.dashboard.batch import BatchEditor
 from profiling.dashboard.device import MAX_IN_LINE, SERVER_ERROR, Device, StopSignals
 from profiling.dashboard.live_cells import LiveCells, cells_value

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from flora.errors import RequestError
-from profiling.compare import CompareEvent
+from profiling.events import CompareEvent
 
 MAX_IN_LINE = 20  # runs, the one under way among them
 SERVER_ERROR = "Something went wrong on the server; the batch was not finished. Try again, or try a smaller batch."

@@ -9,19 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flora.engine import Agreement
-from profiling.compare import (
-    CompareEvent,
-    ComparisonResult,
-    Finished,
-    Progress,
-    RowFailed,
-    RowText,
-    Started,
-    StepTimed,
-)
+from profiling.comparison import ComparisonResult
 from profiling.dashboard.code_html import highlighted, transcript
 from profiling.dashboard.live_cells import cells_value
 from profiling.dashboard.live_plot import plot_value
+from profiling.events import CompareEvent, Finished, Progress, RowFailed, RowText, Started, StepTimed
 from profiling.explain import why
 from profiling.figures import METHOD_STYLES, live_tokens_per_s
 

@@ -25,7 +25,8 @@ from gradio_client import Client, handle_file
 from flora.engine import Engine
 from flora.errors import FloraError, RequestError
 from profiling import hardware, report, workload
-from profiling.compare import Finished, compare
+from profiling.compare import compare
+from profiling.events import Finished
 
 PROMISES = {"first page": 15.0, "ready batch": 15.0, "peak memory": 2000.0}
 UNITS = {"first page": "s", "ready batch": "s", "peak memory": "MB"}

@@ -6,7 +6,8 @@ from fake_engine import Clock, FakeEngine
 
 from flora.engine import Request
 from flora.errors import FloraError, RequestError
-from profiling.compare import Finished, Progress, RowFailed, RowText, Started, StepTimed, compare
+from profiling.compare import compare
+from profiling.events import Finished, Progress, RowFailed, RowText, Started, StepTimed
 
 
 def run(*arguments, **options):

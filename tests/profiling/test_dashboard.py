@@ -27,7 +27,7 @@ from profiling.dashboard.results import (
     milliseconds,
     sentence,
 )
-from profiling.compare import Progress, RowFailed, RowText, Started, StepTimed
+from profiling.events import Progress, RowFailed, RowText, Started, StepTimed
 
 METHODS = ("flora", "bmm-lora")
 

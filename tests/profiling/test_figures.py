@@ -6,7 +6,7 @@ import pytest
 
 from flora.ops import METHODS
 from profiling import figures
-from profiling.compare import StepTimed
+from profiling.events import StepTimed
 
 
 def measured(num_steps, seconds=0.01, kinds=("code", "speech"), methods=("flora", "bmm-lora")):

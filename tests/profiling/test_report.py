@@ -9,7 +9,8 @@ import pytest
 from flora.engine import Request
 from flora.errors import RequestError
 from profiling import report
-from profiling.compare import Finished, compare
+from profiling.compare import compare
+from profiling.events import Finished
 
 NASTY = "</script><script>alert(1)</script> | `x` *b* \n=1+1 <img src=x onerror=alert(1)>"
 
