@@ -166,7 +166,7 @@ def _no_formula(value: object) -> object:
 
 
 def markdown(result: ComparisonResult) -> str:
-    """For a notebook or an issue: finding, table, texts, environment, command."""
+    """For a notebook or a bug report: finding, table, texts, environment, command."""
     heads, lines = figures_table(result)
     parts = [
         "# Comparison",
