@@ -73,7 +73,7 @@ def _load(options: argparse.Namespace) -> tuple[dict[str, Engine], list[Request]
             embedded = workload.ASSETS / "models" / kind
             is_embedded = model is None or Path(model).resolve() == embedded
             shipped = workload.discover_adapters(workload.ASSETS / "adapters" / kind) if is_embedded else {}
-            adapters = _adapters(given) if given else shipped
+            adapters = workload.given_adapters(given) if given else shipped
             engine = Engine.from_pretrained(model or embedded, adapters, device=options.device, dtype=options.dtype)
             if engine.kind != kind:
                 raise ModelError(f"--{kind}-model names the {engine.kind} model {engine.name!r}: give a {kind} model")
@@ -85,16 +85,6 @@ def _load(options: argparse.Namespace) -> tuple[dict[str, Engine], list[Request]
         requests = [workload.request_from_row(row, folder, options.max_new_tokens) for row in rows]
     names = {index: row["audio"] for index, row in enumerate(rows) if row.get("audio") is not None}
     return engines, requests, {index: public_name(str(workload.find_clip(name, folder))) for index, name in names.items()}
-
-
-def _adapters(given: Sequence[str]) -> Mapping[str, list[str]]:
-    adapters: dict[str, list[str]] = {}
-    for entry in given:
-        tag, equals, folder = entry.partition("=")
-        if not (tag and equals and folder):
-            raise RequestError(f"an adapter is given as TAG=FOLDER, not {entry!r}")
-        adapters.setdefault(tag, []).append(folder)
-    return adapters
 
 
 def _run(
