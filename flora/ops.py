@@ -178,7 +178,7 @@ def expand_around(
         b = B.flatten(0, 1)[routing.expanded_component].unsqueeze(1)  # (m, 1, d_out)
         expanded = product(x[routing.expanded_row] * a) * b  # (m, l, d_out)
         y = expanded.new_zeros(n, l, expanded.shape[-1]).index_add(0, routing.expanded_row, expanded)
-    return y if bias is None else y + bias
+    return _biased(y, bias)
 
 
 def _gather(factors: Tensor, slots: Tensor, rank: int) -> Tensor:
@@ -239,10 +239,7 @@ def bmm_lora_around(
     product: Callable[[Tensor], Tensor], x: Tensor, A: Tensor, B: Tensor, routing: Routing, bias: Tensor | None = None
 ) -> Tensor:
     """`bmm_lora` around any layer: `product(x) = x @ weight.T`."""
-    y = product(x)
-    if bias is not None:
-        y = y + bias
-    return _add_bmm(x, y, A, B, routing)
+    return _add_bmm(x, _biased(product(x), bias), A, B, routing)
 
 
 def bmm_lora(
@@ -270,10 +267,7 @@ def loop_lora_around(
     product: Callable[[Tensor], Tensor], x: Tensor, A: Tensor, B: Tensor, routing: Routing, bias: Tensor | None = None
 ) -> Tensor:
     """`loop_lora` around any layer: `product(x) = x @ weight.T`."""
-    y = product(x)
-    if bias is not None:
-        y = y + bias
-    return _add_by_loop(x, y, A, B, routing)
+    return _add_by_loop(x, _biased(product(x), bias), A, B, routing)
 
 
 def loop_lora(
@@ -297,6 +291,10 @@ def merge_lora(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------------- shared
+
+
+def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias
 
 
 def _by_segment(x: Tensor, routing: Routing, serve: Callable[[Segment, Tensor], Tensor]) -> Tensor:

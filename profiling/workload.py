@@ -20,6 +20,7 @@ import torch
 
 from flora.corpus.code import example_prompts
 from flora.engine import Engine, Request
+from flora.engine.runner import SILENCE
 from flora.errors import AudioError, RequestError
 from profiling.hardware import public_name
 
@@ -27,7 +28,6 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 SAMPLING_RATE = 16_000  # Hz, what Whisper listens to
 MAX_NEW_TOKENS = 48
 LONGEST_CLIP_S = 600.0  # what load_audio reads at most when no window is given
-SILENCE = 1e-4  # peak of full scale 1, that is -80 dB
 FFMPEG_TIMEOUT_S = 20
 # Containers that hold their sound themselves. A playlist (HLS, concat) is not among them: it could name other files of
 # this machine.

@@ -1,3 +1,5 @@
+"""The command line: what it prints and writes, and what it refuses."""
+
 import json
 import shlex
 import subprocess

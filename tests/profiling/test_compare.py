@@ -1,3 +1,5 @@
+"""The comparison: its events, its figures on a known clock, failures and stopping."""
+
 import json
 
 import numpy as np

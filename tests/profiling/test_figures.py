@@ -1,3 +1,5 @@
+"""The charts: fixed ranges, few points, one style per method."""
+
 import json
 import math
 

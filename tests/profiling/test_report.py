@@ -1,3 +1,5 @@
+"""Every report format, and that nothing a user sends gets through unescaped."""
+
 import csv
 import dataclasses
 import io

@@ -1,3 +1,5 @@
+"""The timing helpers: pairs, intervals, quantiles."""
+
 import gc
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""The ready batch, batch files, and clips of every kind, good and bad."""
+
 import json
 import shutil
 import subprocess

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ class _Argument:
         return self.language.write(self.expression, 0 if form == "free" else ATOM)
 
 
-class Language:
+class Language(ABC):
     """One programming language: how it writes the functions of `nodes`, and how such a program is run and checked.
 
     A subclass gives the syntax as data (`types`, `symbols`, `templates`, …) and overrides what its idiom does differently.
@@ -123,8 +124,9 @@ class Language:
 
     # statements; each gives lines without indentation
 
+    @abstractmethod
     def signature(self, function: Function) -> str:
-        raise NotImplementedError
+        """The line or lines that open the function."""
 
     def give(self, source: str) -> str:
         return f"return {source}{self.end}"
@@ -147,13 +149,16 @@ class Language:
         return [opening, *(self.indent + line for line in lines), *([self.closing] if self.closing else [])]
 
     def when(self, condition: Expression, lines: list[str]) -> list[str]:
-        raise NotImplementedError
+        """Run the lines where the condition holds."""
+        raise KeyError(f"{self.name} has no way to write 'when'")
 
     def each(self, item: str, source: Name | Range, lines: list[str]) -> list[str]:
-        raise NotImplementedError
+        """Run the lines for every item of the source."""
+        raise KeyError(f"{self.name} has no way to write 'each'")
 
     def repeat_while(self, condition: Expression, lines: list[str]) -> list[str]:
-        raise NotImplementedError
+        """Run the lines as long as the condition holds."""
+        raise KeyError(f"{self.name} has no way to write 'repeat_while'")
 
     # bodies
 
@@ -187,7 +192,8 @@ class Language:
     starts: Mapping[str, str] = {"sum": "0", "product": "1", "count": "0", "collect": "[]"}
 
     def append(self, name: str, value: Expression) -> str:
-        raise NotImplementedError
+        """Put a value at the end of the list of that name."""
+        raise KeyError(f"{self.name} has no way to write 'append'")
 
     def one_expression(self, fold: Fold, source: str) -> list[str]:
         """Return a fold that is one expression, by way of a variable if something is done with it after."""
@@ -201,8 +207,9 @@ class Language:
         over = self.each("i", loop.source, inner) if isinstance(loop.source, Range) else self.repeat_while(loop.source, inner)
         return [*lines, *over, self.give(self.write(loop.result))]
 
+    @abstractmethod
     def reorder(self, reorder: Reorder) -> list[str]:
-        raise NotImplementedError
+        """The body of a function that reorders, takes or drops items."""
 
     def body(self, function: Function) -> list[str]:
         write = {Choice: self.choice, Fold: self.fold, Loop: self.loop, Reorder: self.reorder}
@@ -233,9 +240,9 @@ class Language:
         written = (self.literal(a, kind) for a, (_, kind) in zip(arguments, function.parameters, strict=True))
         return f"{function.name}({', '.join(written)})"
 
+    @abstractmethod
     def check(self, call: str, expected: Any, kind: str) -> str:
         """A statement that stops the program with an error unless the call gives the expected value."""
-        raise NotImplementedError
 
     def main(self, lines: list[str]) -> str:
         """The part of a program that runs the checks."""

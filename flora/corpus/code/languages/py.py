@@ -1,3 +1,5 @@
+"""How Python writes the corpus's functions, and a file that runs their cases."""
+
 from __future__ import annotations
 
 from typing import Any
