@@ -33,3 +33,7 @@ class UnknownAdapterError(RequestError):
 
 class AudioError(RequestError):
     """A clip that cannot be transcribed: silent, corrupt, empty, not finite, longer than the window."""
+
+
+class EvaluationError(FloraError):
+    """An evaluation that cannot be made or kept: data that is missing or too broken, a results file that cannot be written."""

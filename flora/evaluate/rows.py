@@ -1,0 +1,312 @@
+"""What an evaluation leaves behind: scores, the items it looked at, and what each method answered, as rows of JSONL.
+
+A file holds rows of all three kinds. Evaluating a part again replaces that part's rows and keeps the others, and a file is written
+whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from flora.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from flora.engine import Engine
+
+PROJECT = Path(__file__).resolve().parents[2]
+METHODS = ("base", "ia3", "lora", "flora")
+OUTCOMES = ("passed", "failed", "error", "timeout", "memory", "not graded")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number: a metric of one method with one adapter on one language.
+
+    method: base, ia3, lora or flora. adapter: the language the adapter was trained on, None for base; another one than `language`
+    is a cell of the confusion matrix. value, low, high: fractions, WER may exceed 1; None where not graded, for the `reason`.
+    items: how many were scored, each from `samples` answers. source: where the items came from.
+    """
+
+    kind: ClassVar[str] = "score"
+
+    task: str
+    language: str
+    method: str
+    adapter: str | None
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    confidence: float
+    items: int
+    samples: int
+    temperature: float
+    graded: bool
+    reason: str | None
+    model: str
+    checkpoint: str | None
+    rank: int | None
+    source: str
+    seed: int
+    dtype: str
+    device: str
+    versions: Mapping[str, str]
+    command: str
+
+    @property
+    def key(self) -> tuple:
+        """What makes it the same number, measured again."""
+        return (self.kind, self.task, self.language, self.method, self.adapter, self.metric, None)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A problem or a clip: what was asked, and the answer wanted. clip: the file, seen from the project's folder."""
+
+    kind: ClassVar[str] = "item"
+
+    task: str
+    language: str
+    item: str
+    prompt: str | None
+    reference: str
+    clip: str | None = None
+
+    @property
+    def key(self) -> tuple:
+        return (self.kind, self.task, self.language, None, None, None, self.item)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method answered to an item. passed: None where not graded. outcome: of code, one of `OUTCOMES`. wer: of speech."""
+
+    kind: ClassVar[str] = "answer"
+
+    task: str
+    language: str
+    item: str
+    method: str
+    adapter: str | None
+    text: str
+    passed: bool | None
+    outcome: str | None = None
+    wer: float | None = None
+
+    @property
+    def key(self) -> tuple:
+        return (self.kind, self.task, self.language, self.method, self.adapter, None, self.item)
+
+
+Row = Score | Item | Answer
+_KINDS: dict[str, type] = {row.kind: row for row in (Score, Item, Answer)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def to_line(row: Row) -> str:
+    """A row as one line of JSON, without the line's end; of an answer, only the fields of its task."""
+    fact = {"kind": row.kind, **asdict(row)}
+    if isinstance(row, Answer):
+        del fact["wer" if row.task == "code" else "outcome"]
+    return json.dumps(fact, ensure_ascii=False, allow_nan=False)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a JSONL file, in its order. EvaluationError, with the line's number, for a file that is not of this kind."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: text may hold other line separators
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path.name} cannot be read as text: {_reason(error)}") from error
+    return [_row(line, f"{path.name}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _row(line: str, place: str) -> Row:
+    try:
+        fact = json.loads(line)
+        row = _KINDS[fact.pop("kind")]
+        known = {field.name for field in fields(row)}
+        return row(**{name: value for name, value in fact.items() if name in known})
+    except (json.JSONDecodeError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{place} is not a row of an evaluation: delete the file, or take another") from error
+
+
+def merge_rows(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """`old` with every row that was done again replaced in its place, and the others of `new` behind.
+
+    Where an item of the same name is another one now, the answers to the old one go with it.
+    """
+    old, fresh = list(old), {row.key: row for row in new}
+    changed = {
+        (row.task, row.language, row.item)
+        for row in old
+        if isinstance(row, Item) and row.key in fresh and fresh[row.key] != row
+    }
+    merged = []
+    for row in old:
+        if row.key in fresh:
+            merged.append(fresh.pop(row.key))
+        elif not (isinstance(row, Answer) and (row.task, row.language, row.item) in changed):
+            merged.append(row)
+    return merged + list(fresh.values())
+
+
+def write_rows(path: str | Path, rows: Iterable[Row], merge: bool = False) -> list[Row]:
+    """Write a JSONL file, all of it or none; `merge` keeps what it holds already and is not among `rows`. Returns what it holds.
+
+    EvaluationError where it cannot be written, with the old file as it was.
+    """
+    path, rows = Path(path), list(rows)
+    if merge and path.exists():
+        rows = merge_rows(read_rows(path), rows)
+    text = "".join(to_line(row) + "\n" for row in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(partial, 0o644)  # mkstemp writes for the owner alone
+            os.replace(partial, path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise EvaluationError(f"{path.name} cannot be written: {_reason(error)}; make room or name another file") from error
+    return rows
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------- environment
+
+
+def versions(*more: str) -> dict[str, str]:
+    """The versions a number depends on: Python, torch, transformers, PEFT, and the distributions named besides."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "peft", *more)}}
+
+
+def environment(engine: Engine, *more: str) -> dict[str, Any]:
+    """dtype, device and versions of what an engine computes, as a Score's fields."""
+    return {
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "device": engine.device.type,
+        "versions": versions(*more),
+    }
+
+
+def public_name(name: str | Path) -> str:
+    """A hub id or relative path as it is; an absolute one seen from here or from the project, else its last two parts."""
+    path = Path(name)
+    for root in (Path.cwd(), PROJECT):
+        if path.is_absolute() and path.is_relative_to(root):
+            return path.relative_to(root).as_posix()
+    return "/".join(path.parts[-2:]) if path.is_absolute() or ".." in path.parts else str(name)
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command that makes the same rows again, with no folder of this machine in it. arguments: behind the module's name."""
+    shown = []
+    for argument in arguments:
+        head, equals, tail = argument.rpartition("=")
+        shown.append(head + equals + (public_name(tail) if tail.startswith("/") else tail))
+    return shlex.join(["python", "-m", "flora.evaluate", *shown])
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def text_table(heads: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Aligned columns for a terminal, the first `left` of them to the left and numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+    rows = [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (heads, *lines)
+    ]
+    return "\n".join([rows[0], "  ".join("-" * width for width in widths), *rows[1:]])
+
+
+def score_table(scores: Iterable[Score], metric: str) -> str:
+    """Languages × methods: each one's own adapter, in per cent with its interval, and the mean over the languages all methods have.
+
+    A language that could not be graded says so. Empty where no row has the metric.
+    """
+    own = {
+        (score.language, score.method): score
+        for score in scores
+        if score.metric == metric and (score.adapter in (None, score.language))
+    }
+    methods = [method for method in METHODS if any(method == column for _, column in own)]
+    languages = list(dict.fromkeys(language for language, _ in own))
+    if not own:
+        return ""
+    lines = [[language, *(_cell(own.get((language, method))) for method in methods)] for language in languages]
+    common = [tag for tag in languages if all((tag, m) in own and own[tag, m].value is not None for m in methods)]
+    if common:
+        means = [sum(own[tag, method].value for tag in common) / len(common) for method in methods]
+        lines.append([f"mean of {len(common)}", *(f"{100 * mean:.1f} %" + " " * _INTERVAL_WIDTH for mean in means)])
+    return text_table([metric, *methods], lines)
+
+
+_INTERVAL_WIDTH = len(" [100.0, 100.0]")
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return "–" + " " * _INTERVAL_WIDTH
+    if not score.graded or score.value is None:
+        return "not graded" + " " * _INTERVAL_WIDTH
+    interval = "" if score.low is None or score.high is None else f" [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+    return f"{100 * score.value:.1f} %" + interval.ljust(_INTERVAL_WIDTH)
+
+
+def confusion_table(scores: Iterable[Score], metric: str, method: str = "flora") -> str:
+    """Languages × adapters of one method, in per cent; empty without a row of another language's adapter."""
+    cells = {
+        (score.language, score.adapter): score for score in scores if score.metric == metric and score.method == method
+    }
+    if all(language == adapter for language, adapter in cells):
+        return ""
+    languages = list(dict.fromkeys(language for language, _ in cells))
+    adapters = [tag for tag in languages if any(tag == adapter for _, adapter in cells)]
+    adapters += [tag for tag in dict.fromkeys(adapter for _, adapter in cells) if tag not in languages]
+    lines = []
+    for language in languages:
+        row = [cells.get((language, adapter)) for adapter in adapters]
+        lines.append([language, *("–" if cell is None or cell.value is None else f"{100 * cell.value:.1f}" for cell in row)])
+    return text_table([f"{metric} %, {method}", *(f"{adapter}'s" for adapter in adapters)], lines)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise and whether it holds; measured None where it could not be measured."""
+
+    what: str
+    measured: str | None
+    met: bool | None
+
+
+def target_table(targets: Sequence[Target]) -> str:
+    """One line per promise."""
+    words = {True: "met", False: "NOT MET", None: "not measured"}
+    return text_table(
+        ["target", "measured", "holds"], [[target.what, target.measured or "–", words[target.met]] for target in targets], left=3
+    )
