@@ -280,7 +280,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cooldown-steps", type=int, default=700, help="the last of them, at a faster falling rate")
     parser.add_argument("--planned-steps", type=int, default=4500, help="that the first part's learning rate is for")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--python-share", type=float, default=0.7, help="share of Python among the programs")
+    parser.add_argument("--python-share", type=float, default=0.85, help="share of Python among the programs")
+    parser.add_argument("--cooldown-python-share", type=float, default=0.85, help="the same, in the cooldown")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--heads", type=int, default=8)
@@ -299,8 +300,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise ValueError, in one sentence, for a number that makes no sense."""
-    if not 0 <= arguments.python_share <= 1:
-        raise ValueError(f"--python-share is a share between 0 and 1, not {arguments.python_share:g}")
+    for name in ("python_share", "cooldown_python_share"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} is a share between 0 and 1, not {getattr(arguments, name):g}")
     if arguments.width % arguments.heads:
         raise ValueError(f"--width ({arguments.width}) must be a multiple of --heads ({arguments.heads})")
     if arguments.vocabulary_size < 257:
@@ -325,8 +327,11 @@ def main(arguments: argparse.Namespace) -> int:
         losses = {f"{tag}_loss": score.loss for tag, score in scores.items()}
         return losses | {f"{tag}_exact": score.accuracy for tag, score in scores.items()}
 
-    data = batches(tokenizer, arguments.seed, arguments.python_share, arguments.tokens_per_batch)
-    data = itertools.islice(data, steps_done(arguments.run_folder), None)
+    def data(seed: int, python_share: float, first_step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The batches of a part of the run that begins at `first_step`, from where the last checkpoint left it."""
+        stream = batches(tokenizer, seed, python_share, arguments.tokens_per_batch)
+        return itertools.islice(stream, max(0, steps_done(arguments.run_folder) - first_step), None)
+
     common = {
         "learning_rate": arguments.learning_rate,
         "run_folder": arguments.run_folder,
@@ -336,8 +341,8 @@ def main(arguments: argparse.Namespace) -> int:
         "evaluate": evaluate_early,
     }
     first_part = arguments.steps - arguments.cooldown_steps
-    train(model, data, steps=arguments.planned_steps, stop=first_part, **common)
-    train(model, data, steps=arguments.steps, **common)
+    train(model, data(arguments.seed, arguments.python_share, 0), steps=arguments.planned_steps, stop=first_part, **common)
+    train(model, data(arguments.seed + 1, arguments.cooldown_python_share, first_part), steps=arguments.steps, **common)
     scores = evaluate(model, tokenizer, arguments.problems)
     save(model, tokenizer, arguments.out, write_card(arguments, model, scores, arguments.problems), scores)
     for tag, score in scores.items():

@@ -118,39 +118,49 @@ SEPARATORS = ["-", "_", "+", "/", ":", "; ", ", ", " and ", " or ", "=", "<", "#
 
 
 def say(rng: random.Random, kind: str) -> str:
-    """How a description starts."""
-    return rng.choice(
-        {"bool": ("Check whether", "Tell whether", "Return whether")}.get(kind, ("Return", "Return", "Compute", "Find", "Give"))
-    )
+    """How a description starts: for a number or whether something is so, otherwise "Return"."""
+    starts = {"bool": ("Check whether", "Tell whether", "Return whether"), "int": ("Return", "Return", "Compute", "Calculate")}
+    return rng.choice(starts.get(kind, ("Return",)))
 
 
-def simple_condition(rng: random.Random, item: Name, highest: int) -> tuple[Expression, str]:
-    """A condition on a number, and the adjective for it: `x % 3 == 0`, "divisible by 3"."""
-    k = rng.randint(2, highest)
-    far = k + rng.randint(3, 12)
+def parity(rng: random.Random, item: Name) -> tuple[Expression, str]:
+    k = rng.randint(3, 9)
     return rng.choice(
         (
             (operation("even", item), "even"),
             (operation("odd", item), "odd"),
+            (operation("==", operation("%", item, k), 0), f"divisible by {k}"),
+        )
+    )
+
+
+def order(rng: random.Random, item: Name, highest: int) -> tuple[Expression, str]:
+    k = rng.randint(2, highest)
+    far = k + rng.randint(3, 12)
+    return rng.choice(
+        (
             (operation(">", item, k), f"greater than {k}"),
             (operation("<", item, k), f"less than {k}"),
             (operation(">=", item, k), f"at least {k}"),
             (operation("<=", item, k), f"at most {k}"),
-            (operation("==", operation("%", item, max(3, k % 10)), 0), f"divisible by {max(3, k % 10)}"),
             (operation("!=", item, k), f"different from {k}"),
             (operation("and", operation(">=", item, k), operation("<=", item, far)), f"between {k} and {far}"),
         )
     )
 
 
+def simple_condition(rng: random.Random, item: Name, highest: int) -> tuple[Expression, str]:
+    """A condition on a number, and the adjective for it: `x % 3 == 0`, "divisible by 3"."""
+    return parity(rng, item) if rng.random() < 1 / 3 else order(rng, item, highest)
+
+
 def condition(rng: random.Random, item: Name, highest: int = 25) -> tuple[Expression, str]:
-    first, phrase = simple_condition(rng, item, highest)
+    """One condition, or what a number is divisible by joined with how large it is: "odd and less than 9"."""
     if rng.random() < 0.3:
-        second, other = simple_condition(rng, item, highest)
-        if second != first:
-            joined = rng.choice(("and", "and", "or"))
-            return operation(joined, first, second), f"{phrase} {joined} {other}"
-    return first, phrase
+        (first, phrase), (second, other) = parity(rng, item), order(rng, item, highest)
+        joined = rng.choice(("and", "and", "or"))
+        return operation(joined, first, second), f"{phrase} {joined} {other}"
+    return simple_condition(rng, item, highest)
 
 
 def change(rng: random.Random, item: Expression, highest: int = 12) -> tuple[Expression, str]:
@@ -264,8 +274,8 @@ def fold_then(rng: random.Random) -> Draft:
     """A sum or count, and something done with it."""
     kind = rng.choice(("sum", "count", "max", "min"))
     kept, which = condition(rng, X) if kind == "count" or (kind == "sum" and rng.random() < 0.4) else (None, "")
-    noun = {"sum": "sum", "count": "number", "max": "largest", "min": "smallest"}[kind]
-    what = f"the {noun} of the numbers in a{that_are(which)}"
+    noun = {"sum": "the sum of the", "count": "the count of", "max": "the largest of the", "min": "the smallest of the"}[kind]
+    what = f"{noun} numbers in a{that_are(which)}"
     result = Name(Fold(kind, A, "x", "int").result)
     if rng.random() < 0.4:
         after, how = simple_condition(rng, result, 25)
@@ -284,7 +294,7 @@ def fold_range(rng: random.Random) -> Draft:
     mapped, how = change(rng, I, 6) if kind != "count" and rng.random() < 0.6 else (None, "")
     if kind == "collect" and kept is None and mapped is None:
         mapped, how = change(rng, I, 6)
-    noun = {"sum": "the sum", "product": "the product", "count": "the number", "collect": "a list"}[kind]
+    noun = {"sum": "the sum", "product": "the product", "count": "the count", "collect": "a list"}[kind]
     description = f"{say(rng, 'int')} {noun} of the integers from 1 to a{that_are(which)}{each(how)}."
     stems = {
         "sum": ("sum_to", "total_to"),
@@ -308,10 +318,10 @@ def reorder_list(rng: random.Random) -> Draft:
     number = k if kind in ("take", "drop") else 0
     numbers = "number" if k == 1 else f"{k} numbers"
     description = {
-        "reverse": f"{say(rng, 'ints')} the numbers in a in reverse order.",
-        "sort": f"{say(rng, 'ints')} the numbers in a in ascending order.",
-        "take": f"{say(rng, 'ints')} the first {numbers} in a.",
-        "drop": f"{say(rng, 'ints')} the numbers in a without the first {numbers}.",
+        "reverse": "Return the numbers in a in reverse order.",
+        "sort": "Return the numbers in a in ascending order.",
+        "take": f"Return the first {numbers} in a.",
+        "drop": f"Return the numbers in a without the first {numbers}.",
     }[kind]
     stems = {
         "reverse": ("reverse", "turn"),
@@ -505,6 +515,8 @@ def test_text(rng: random.Random) -> Draft:
     verb = {"have": "has"}.get(first, first + "s")
     if rng.random() < 0.4:
         other, second = text_condition(rng, A)
+        while second.split(" ")[0] == first:  # "ends with 'c' and ends with 'w'" says nothing
+            other, second = text_condition(rng, A)
         head, _, tail = second.partition(" ")
         joined = rng.choice(("and", "or"))
         body = operation(joined, body, other)
@@ -791,7 +803,7 @@ def named(draft: Draft, family: str, key: str, rng: random.Random, split: str) -
     for placeholder, kind in zip("abc", types, strict=False):
         called[placeholder] = names.draw_name(rng, kind, split, set(called.values()))
     parameters = tuple(zip(called.values(), types, strict=True))
-    name = names.draw_function_name(rng, draft.stems, types[0], split)
+    name = names.function_name(rng, draft.stems, parameters[0][0])
     function = Function(name, parameters, draft.returns, renamed(draft.body, called))
     return Problem(family, key, function, reworded(draft.description, called), draft.kinds)
 
