@@ -37,3 +37,11 @@ class AudioError(RequestError):
 
 class EvaluationError(FloraError):
     """An evaluation that cannot be made or kept: data that is missing or too broken, a results file that cannot be written."""
+
+
+class DataError(FloraError):
+    """Training data that cannot be had or is too broken: no such source, no such column, too many bad rows."""
+
+
+class TrainingError(FloraError):
+    """A training run that cannot start or go on: unknown layers, a folder that is in use, a loss that is no number, a full disk."""

@@ -136,6 +136,20 @@ def labels_of(processor: WhisperProcessor, texts: Sequence[str]) -> list[list[in
     return [ids[1:] for ids in processor.tokenizer(list(texts)).input_ids]
 
 
+def augmented(features: np.ndarray, num_frames: int, random: np.random.Generator) -> np.ndarray:
+    """A clip of `num_frames` in its window, moved to a random place; half of them have a random band of up to ten mel bins blanked.
+
+    features and the result: (80, 400), the result float32.
+    """
+    room = features.shape[1] - num_frames
+    # Behind the clip all frames are the floor of the log-mel scale, so rolling only moves the clip.
+    moved = np.roll(features, random.integers(min(room, 120) + 1) if room > 0 else 0, axis=1).astype(np.float32)
+    if random.random() < 0.5:
+        low = random.integers(moved.shape[0] - 10)
+        moved[low : low + random.integers(1, 11)] = moved.mean()
+    return moved
+
+
 def batches(
     processor: WhisperProcessor,
     clips: dict[str, Clips],
@@ -146,8 +160,7 @@ def batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Endless training batches {input_features (n, 80, 400), labels (n, t)}, labels padded with -100.
 
-    Languages are drawn by their shares. Each clip is moved to a random place in its window, half of them have a random
-    band of up to ten mel bins blanked.
+    Languages are drawn by their shares, and clips are `augmented`.
     """
     random = np.random.default_rng(seed)
     labels = {tag: labels_of(processor, clips[tag].texts) for tag in shares}
@@ -160,12 +173,7 @@ def batches(
         inputs = np.empty((batch_size, *features[tags[0]].shape[1:]), np.float32)  # (n, 80, 400)
         targets = np.full((batch_size, max(len(labels[tag][index]) for tag, index in drawn)), -100, np.int64)
         for row, (tag, index) in enumerate(drawn):
-            room = inputs.shape[2] - num_frames[tag][index]
-            # Behind the clip all frames are the floor of the log-mel scale, so rolling only moves the clip.
-            inputs[row] = np.roll(features[tag][index], random.integers(min(room, 120) + 1) if room > 0 else 0, axis=1)
-            if random.random() < 0.5:
-                low = random.integers(inputs.shape[1] - 10)
-                inputs[row, low : low + random.integers(1, 11)] = inputs[row].mean()
+            inputs[row] = augmented(features[tag][index], num_frames[tag][index], random)
             targets[row, : len(labels[tag][index])] = labels[tag][index]
         yield {"input_features": torch.from_numpy(inputs), "labels": torch.from_numpy(targets)}
 
