@@ -7,6 +7,7 @@ on the bank for that forward: the method, and for this layer the factors and the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -56,11 +57,8 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.name = name
         self.holder = holder
-        self.is_black_box = not isinstance(base, Conv1D) and type(base) is not nn.Linear
-        if isinstance(base, Conv1D):
-            self.in_features, self.out_features = base.weight.shape
-        else:
-            self.in_features, self.out_features = base.in_features, base.out_features
+        self.is_black_box = is_black_box(base)
+        self.in_features, self.out_features = features_of(base)
 
     @property
     def weight(self) -> Tensor:
@@ -70,16 +68,11 @@ class AdaptedLinear(nn.Module):
                 f"layer {self.name} is quantised ({type(self.base).__name__}) and has no plain weight: "
                 "use flora, flora-expand, bmm-lora, loop-lora or base, or load the model without quantize"
             )
-        return self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
+        return weight_of(self.base)
 
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias
-
-    def product(self, x: Tensor) -> Tensor:
-        """x @ weight.T through the base layer itself, without its bias: the way around a quantised layer."""
-        y = self.base(x)
-        return y if self.bias is None else y - self.bias.to(y.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         serving = self.holder.current
@@ -97,7 +90,7 @@ class AdaptedLinear(nn.Module):
             around = ops.around_function_of(serving.method)
             if around is None:
                 _ = self.weight  # says what the method needs
-            return around(self.product, x, plan.A, plan.B, plan.routing, self.bias)
+            return around(partial(product_of, self.base), x, plan.A, plan.B, plan.routing, self.bias)
         method = ops.function_of(serving.method)
         return method(x, self.weight, plan.A, plan.B, plan.routing.slots, self.bias, plan.routing)
 
@@ -110,9 +103,33 @@ class AdaptedLinear(nn.Module):
         return f"{self.in_features} → {self.out_features}, {self.name}"
 
 
+# ------------------------------------------------------------------------------------------- linear layers of any kind
+
+
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether `inject` swaps this module: plain and bitsandbytes linear layers, and Conv1D."""
+    """Whether a module is a linear layer that adapters can be put on: plain, bitsandbytes', or Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_black_box(layer: nn.Module) -> bool:
+    """Whether only the layer itself knows how to multiply by its weight, as a quantised one."""
+    return not isinstance(layer, Conv1D) and type(layer) is not nn.Linear
+
+
+def features_of(layer: nn.Module) -> tuple[int, int]:
+    """d_in and d_out."""
+    return tuple(layer.weight.shape) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """(d_out, d_in), whatever the layer's own layout; only for a layer that is no black box."""
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def product_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """x @ weight.T through the layer itself, without its bias: the way around a black box."""
+    y = layer(x)
+    return y if layer.bias is None else y - layer.bias.to(y.dtype)
 
 
 def inject(model: nn.Module, holder: ServingHolder, skip: tuple[nn.Module, ...] = ()) -> dict[str, AdaptedLinear]:

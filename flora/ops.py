@@ -13,6 +13,9 @@ lora family:   y[i] = x[i] @ weight.T + (x[i] @ A[s_i].T) @ B[s_i] + bias       
 
 The paper calls the input side B and the output side A; this project follows PEFT, as every checkpoint does: A = input side.
 
+A and B may be of higher precision than x and weight, as in training: float32 factors of a bfloat16 layer. What is element by
+element is then done in theirs, the product with the weight in the weight's, and y comes in that.
+
 Adapters of different rank share one A and one B, padded to the largest. `Routing` carries the true ranks, so that no row pays for
 another row's rank. It depends on the batch alone: build it once a step and hand it to every layer (`routing=`).
 """
@@ -166,19 +169,20 @@ def expand_around(
     n, l, _ = x.shape
     rank = routing.uniform_rank
     if rank == 0:
-        y = product(x)
-    elif rank is not None:
+        return _biased(product(x), bias)
+    if rank is not None:
         a = _gather(A, routing.slots, rank).unsqueeze(2)  # (n, rank, 1, d_in)
         b = _gather(B, routing.slots, rank).unsqueeze(2)  # (n, rank, 1, d_out)
-        y = product((x.unsqueeze(1) * a).flatten(0, 1))  # (n · rank, l, d_out)
-        y = y.unflatten(0, (n, rank)) * b
+        expanded = product((x.unsqueeze(1) * a).flatten(0, 1).to(x.dtype))  # (n · rank, l, d_out)
+        y = expanded.unflatten(0, (n, rank)) * b
         y = y.squeeze(1) if rank == 1 else y.sum(1)
     else:
         a = A.flatten(0, 1)[routing.expanded_component].unsqueeze(1)  # (m, 1, d_in)
         b = B.flatten(0, 1)[routing.expanded_component].unsqueeze(1)  # (m, 1, d_out)
-        expanded = product(x[routing.expanded_row] * a) * b  # (m, l, d_out)
-        y = expanded.new_zeros(n, l, expanded.shape[-1]).index_add(0, routing.expanded_row, expanded)
-    return _biased(y, bias)
+        expanded = product((x[routing.expanded_row] * a).to(x.dtype))  # (m, l, d_out)
+        scaled = expanded * b
+        y = scaled.new_zeros(n, l, scaled.shape[-1]).index_add(0, routing.expanded_row, scaled)
+    return _biased(y, bias).to(expanded.dtype)
 
 
 def _gather(factors: Tensor, slots: Tensor, rank: int) -> Tensor:
@@ -220,10 +224,15 @@ def flora(
 
 
 def merge_flora(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """weight ∘ (Bᵀ A) of one adapter: weight (d_out, d_in), A (r, d_in), B (r, d_out)."""
-    modulation = B.T @ A
+    """weight ∘ (Bᵀ A) of one adapter, in the weight's dtype: weight (d_out, d_in), A (r, d_in), B (r, d_out).
+
+    Bᵀ A keeps the factors' precision, under autocast too: it lies around one, where bfloat16 knows steps of a percent.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        modulation = B.T @ A
     # In place saves a pass over memory; a weight that is trained itself needs the modulation for its gradient.
-    return modulation * weight if weight.requires_grad else modulation.mul_(weight)
+    merged = modulation * weight if weight.requires_grad else modulation.mul_(weight)
+    return merged.to(weight.dtype)
 
 
 def _modulated(weight: Tensor, A: Tensor, B: Tensor, segment: Segment) -> Tensor:

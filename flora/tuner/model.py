@@ -1,0 +1,97 @@
+"""FloraModel: the tuner that PEFT puts around a model for a FloraConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from flora.errors import AdapterError, RequestError, UnknownAdapterError
+from flora.layers import is_adaptable
+from flora.tuner.config import FloraConfig
+from flora.tuner.layer import BASE_ROW, FloraLinear
+
+WHISPER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+"""Every fully-connected layer, as in the paper's speech experiments; PEFT has no default for Whisper."""
+
+
+class FloraModel(BaseTuner):
+    """A model whose linear layers have fLoRA adapters; made by `get_peft_model` and `PeftModel.from_pretrained`.
+
+    Beyond PEFT's own methods, a forward or generate in evaluation mode takes adapter_names, for each row of the batch the adapter
+    that serves it, or "__base__" for none; the whole batch goes through each layer once.
+    """
+
+    prefix = "flora_"
+    tuner_layer_cls = FloraLinear
+    target_module_mapping = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "whisper": WHISPER_LAYERS}
+
+    def _create_and_replace(
+        self,
+        peft_config: FloraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        pattern = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
+        rank = peft_config.rank_pattern.get(pattern, peft_config.r)
+        if isinstance(target, FloraLinear):
+            target.update_layer(adapter_name, peft_config, rank)
+            return
+        if not is_adaptable(target):
+            raise AdapterError(
+                f"layer {current_key} is {type(target).__name__}, and fLoRA adapts linear layers: leave it out of target_modules"
+            )
+        layer = FloraLinear(target, adapter_name, peft_config, rank)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    # --------------------------------------------------------------------------------------------- an adapter per row
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around every forward and generate, with their arguments."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+        repeated = [name for name in adapter_names for _ in range(copies)]
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        # `generate` repeats each row for its beams, behind the encoder only. A model without an encoder may call itself one.
+        once = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        with ExitStack() as hooks:
+            for module in self.model.modules():
+                if isinstance(module, FloraLinear | AuxiliaryTrainingWrapper):
+                    names = adapter_names if module in once else repeated
+                    handle = module.register_forward_pre_hook(partial(_with_adapter_names, names), with_kwargs=True)
+                    hooks.callback(handle.remove)
+            yield
+
+    def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
+        if isinstance(adapter_names, str):
+            raise RequestError(f"adapter_names is {adapter_names!r}: give a list with one name per row")
+        if self.training:
+            raise RequestError(
+                "adapter_names serves mixed batches in evaluation only: call eval() first, or train with set_adapter"
+            )
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE_ROW})
+        if unknown:
+            raise UnknownAdapterError(f"unknown adapters {', '.join(unknown)}; loaded: {', '.join(self.peft_config)}")
+
+
+def _with_adapter_names(
+    adapter_names: Sequence[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
