@@ -149,9 +149,7 @@ def merge_rows(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     """
     old, fresh = list(old), {row.key: row for row in new}
     changed = {
-        (row.task, row.language, row.item)
-        for row in old
-        if isinstance(row, Item) and row.key in fresh and fresh[row.key] != row
+        (row.task, row.language, row.item) for row in old if isinstance(row, Item) and row.key in fresh and fresh[row.key] != row
     }
     merged = []
     for row in old:
@@ -280,9 +278,7 @@ def _cell(score: Score | None) -> str:
 
 def confusion_table(scores: Iterable[Score], metric: str, method: str = "flora") -> str:
     """Languages × adapters of one method, in per cent; empty without a row of another language's adapter."""
-    cells = {
-        (score.language, score.adapter): score for score in scores if score.metric == metric and score.method == method
-    }
+    cells = {(score.language, score.adapter): score for score in scores if score.metric == metric and score.method == method}
     if all(language == adapter for language, adapter in cells):
         return ""
     languages = list(dict.fromkeys(language for language, _ in cells))
