@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quantize", choices=("int8", "nf4"), help="load the models' weights quantised, on a GPU; default: as they are"
     )
+    parser.add_argument("--results", metavar="FOLDER", help="recorded evaluations that the page shows; default: those that ship")
     parser.add_argument("--threads", type=_count, metavar="N", help="torch's CPU threads; default: torch's own choice")
     return parser
 
@@ -112,7 +113,7 @@ def build_demo(options: argparse.Namespace) -> gradio.Blocks:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported: nothing is sent anywhere
     from profiling.dashboard import page
 
-    return page.build(load_engines(options))
+    return page.build(load_engines(options), options.results)
 
 
 def serve(demo: gradio.Blocks, host: str, port: int) -> None:

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from plotly.offline import get_plotlyjs
 
@@ -18,6 +19,9 @@ from flora.errors import RequestError
 from profiling import figures
 from profiling.comparison import ComparisonResult, MethodFigures
 from profiling.timing import Ratio
+
+if TYPE_CHECKING:
+    import pandas
 
 NOTE = (
     "Seconds are the method's own engine time, the device synchronised on both sides: prefill and decode, without "
@@ -154,11 +158,13 @@ def jsonl(result: ComparisonResult) -> str:
 
 
 def csv(result: ComparisonResult) -> str:
-    """`ComparisonResult.to_frame()`; a cell that a spreadsheet would take for a formula starts with an apostrophe."""
-    frame = result.to_frame()
-    for name in frame.columns:
-        frame[name] = [_no_formula(value) for value in frame[name]]
-    return frame.to_csv(index=False)
+    """`ComparisonResult.to_frame()`."""
+    return frame_csv(result.to_frame())
+
+
+def frame_csv(frame: pandas.DataFrame) -> str:
+    """A frame as CSV; a cell that a spreadsheet would take for a formula starts with an apostrophe."""
+    return frame.map(_no_formula).to_csv(index=False)
 
 
 def _no_formula(value: object) -> object:

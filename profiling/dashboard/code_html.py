@@ -48,8 +48,8 @@ def _css_class(token_type: _TokenType) -> str | None:
     return next((name for kind, name in _CLASSES if token_type in kind), None)
 
 
-def highlighted(prompt: str, completion: str, tag: str | None) -> str:
-    """`prompt` and its `completion` as one piece of code, the prompt marked as what was given.
+def highlighted(prompt: str, completion: str, tag: str | None, show_prompt: bool = True) -> str:
+    """`prompt` and its `completion` as one piece of code, the prompt marked as what was given, or left out.
 
     Both go through the lexer together, since a completion alone may begin inside a string or a comment.
     """
@@ -64,10 +64,32 @@ def highlighted(prompt: str, completion: str, tag: str | None) -> str:
         for part, side in ((text[:border], given), (text[border:], written)):
             if part:
                 side.append(f'<span class="{name}">{html.escape(part)}</span>' if name else html.escape(part))
-    return f'<pre class="code"><span class="given">{"".join(given)}</span>{"".join(written)}</pre>'
+    before = f'<span class="given">{"".join(given)}</span>' if show_prompt else ""
+    return f'<pre class="code">{before}{"".join(written)}</pre>'
 
 
 def transcript(text: str, tag: str | None) -> str:
     """A transcript, in its own writing direction."""
     language = f' lang="{html.escape(tag)}"' if tag else ""
     return f'<p class="transcript" dir="auto"{language}>{html.escape(text)}</p>'
+
+
+def marked_transcript(reference: str, text: str, tag: str | None) -> str:
+    """A transcript held against what was said: missed words struck out, words written instead or besides underlined.
+
+    The words are aligned as word error rate aligns them, one by one as they stand.
+    """
+    import jiwer  # with its matcher in C, only where a transcript is judged
+
+    aligned = jiwer.process_words(reference, text)
+    said, written = aligned.references[0], aligned.hypotheses[0]
+    parts = []
+    for chunk in aligned.alignments[0]:
+        missed = html.escape(" ".join(said[chunk.ref_start_idx : chunk.ref_end_idx]))
+        heard = html.escape(" ".join(written[chunk.hyp_start_idx : chunk.hyp_end_idx]))
+        if chunk.type == "equal":
+            parts.append(heard)
+        else:
+            parts += [f"<del>{missed}</del>"] * bool(missed) + [f"<ins>{heard}</ins>"] * bool(heard)
+    language = f' lang="{html.escape(tag)}"' if tag else ""
+    return f'<p class="transcript" dir="auto"{language}>{" ".join(parts)}</p>'

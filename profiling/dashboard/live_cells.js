@@ -58,5 +58,15 @@ element.addEventListener('click', async (event) => {
   }
   setTimeout(() => { button.textContent = words; }, 1600);
 });
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('[data-save]');
+  const table = button && element.contains(button) && node(button.dataset.save).querySelector('table');
+  if (!table) return;
+  // A cell that spans columns comes with empty ones behind it, so that all lines are equally long.
+  const cells = (row) => [...row.cells].flatMap((cell) => [
+    cell.dataset.value ?? cell.textContent.trim().replace(/\s+/g, ' '), ...Array(cell.colSpan - 1).fill(''),
+  ]);
+  saveCsv([...table.rows].map(cells), button.dataset.file);
+});
 apply();
 watch('value', apply);

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-_JS_ON_LOAD = (Path(__file__).parent / "live_cells.js").read_text(encoding="utf-8")
+_JS_ON_LOAD = "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("csv.js", "live_cells.js"))
 
 
 def cells_value(
@@ -28,7 +28,8 @@ class LiveCells(gr.HTML):
     """Static HTML with nodes marked `data-cell="key"`; each new value patches only the nodes that changed.
 
     `template` must hold no `${…}`, no backtick, no backslash and no `{{…}}`: gradio reads those as its own template language.
-    A key that a value leaves out keeps what it shows. A `data-copy="key"` button copies that cell's text.
+    A key that a value leaves out keeps what it shows. A `data-copy="key"` button copies that cell's text, and a
+    `data-save="key"` button with a `data-file` saves the table in that cell as CSV.
     """
 
     def __init__(self, template: str = "", value: Mapping[str, Any] | None = None, **keywords: Any):

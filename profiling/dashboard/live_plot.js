@@ -83,23 +83,19 @@ const draw = async () => {
     caption.textContent = `The chart could not be drawn (${error.message}). The downloads hold its data.`;
   }
 };
-const csv = () => {
-  const quote = (text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+// What the chart shows, as lines: the table that came with it, else its points.
+const lines = () => {
+  if (props.value.table) return props.value.table;
   const layout = props.value.layout || {};
   const title = (axis, fallback) => (axis && axis.title && (axis.title.text ?? axis.title)) || fallback;
-  const lines = [['series', title(layout.xaxis, 'x'), title(layout.yaxis, 'y')]];
+  const found = [['series', title(layout.xaxis, 'x'), title(layout.yaxis, 'y')]];
   for (const trace of props.value.data || []) {
-    (trace.x || []).forEach((x, i) => lines.push([trace.name || '', x, trace.y[i]]));
+    (trace.x || []).forEach((x, i) => found.push([trace.name || '', x, trace.y[i]]));
   }
-  return lines.map((line) => line.map((cell) => quote(String(cell ?? ''))).join(',')).join('\n') + '\n';
+  return found;
 };
 element.addEventListener('click', (event) => {
-  if (!event.target.closest('[data-download]')) return;
-  const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([csv()], { type: 'text/csv' }));
-  link.download = host.dataset.file;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  if (event.target.closest('[data-download]')) saveCsv(lines(), host.dataset.file);
 });
 // A redraw would cut short the box that the visitor is drawing: wait until the button is up and Plotly has zoomed.
 host.addEventListener('pointerdown', () => { dragging = true; }, true);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import html
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-_JS_ON_LOAD = (Path(__file__).parent / "live_plot.js").read_text(encoding="utf-8")
+_JS_ON_LOAD = "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("csv.js", "live_plot.js"))
 # Below gradio's own prefix: with server-side rendering only that reaches Python, the rest is taken for a page.
 _PLOTLY_ROUTE = f"{API_PREFIX}/instrument/plotly.min.js"
 _ONE_YEAR_S = 365 * 24 * 3600
@@ -41,11 +42,15 @@ def plotly_route() -> Route:
     return Route(_PLOTLY_ROUTE, _serve_plotly_js, methods=["GET", "HEAD"])
 
 
-def plot_value(figure: Any, summary: str) -> dict[str, Any]:
-    """The value of a LivePlot: `figure` (a plotly figure or its dict) and the sentence that says what it shows."""
+def plot_value(figure: Any, summary: str, table: Sequence[Sequence[Any]] | None = None) -> dict[str, Any]:
+    """The value of a LivePlot: `figure` (a plotly figure or its dict) and the sentence that says what it shows.
+
+    table: lines of cells, heads first, for the `data` button; None: the points as they are drawn.
+    """
     if not isinstance(figure, dict):
         figure = figure.to_plotly_json()
-    return {"data": list(figure["data"]), "layout": dict(figure["layout"]), "summary": summary}
+    value = {"data": list(figure["data"]), "layout": dict(figure["layout"]), "summary": summary}
+    return value if table is None else value | {"table": [list(line) for line in table]}
 
 
 class LivePlot(gr.HTML):
@@ -53,7 +58,7 @@ class LivePlot(gr.HTML):
 
     The figure's `layout.uirevision` decides what survives: while it stays the same so does the visitor's zoom. Colours of ink,
     grid and background come from the page's theme, light or dark, unless the layout sets them. The sentence under the chart is
-    also its accessible name. The `data` button downloads the traces as CSV.
+    also its accessible name. The `data` button downloads what the chart shows as CSV.
 
     file_name: the name of that CSV file. height_px: the fixed height of the chart.
     """
@@ -71,4 +76,4 @@ class LivePlot(gr.HTML):
         super().__init__(value=value, html_template=template, js_on_load=_JS_ON_LOAD, apply_default_css=False, **keywords)
 
     def api_info(self) -> dict[str, Any]:
-        return {"type": "object", "properties": {"data": {}, "layout": {}, "summary": {"type": "string"}}}
+        return {"type": "object", "properties": {"data": {}, "layout": {}, "summary": {"type": "string"}, "table": {}}}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -11,6 +13,7 @@ import torch
 
 from flora.engine import Engine
 from profiling import workload
+from profiling.dashboard.accuracy import build_accuracy_tab
 from profiling.dashboard.api import add_endpoints
 from profiling.dashboard.compare import build_compare_tab
 from profiling.dashboard.device import Device, StopSignals
@@ -35,8 +38,11 @@ class Page(gr.Blocks):
         super().close(verbose)
 
 
-def build(engines: Mapping[str, Engine]) -> Page:
-    """The page for these engines, kind ("code", "speech") -> engine; serve it with `demo.launch(**launch_options())`."""
+def build(engines: Mapping[str, Engine], results_folder: str | os.PathLike | None = None) -> Page:
+    """The page for these engines, kind ("code", "speech") -> engine; serve it with `demo.launch(**launch_options())`.
+
+    results_folder: the recorded evaluations that the Accuracy tab shows; it may be empty, or not there. None: those that ship.
+    """
     device, stops = Device(), StopSignals()
     with Page(device, title=TITLE, analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=True) as demo:
         with gr.Column(elem_id="flora-page"):
@@ -44,6 +50,8 @@ def build(engines: Mapping[str, Engine]) -> Page:
             with gr.Tabs(elem_classes="tabs"):
                 with gr.Tab("Compare", id="compare"):
                     build_compare_tab(engines, device, stops)
+                with gr.Tab("Accuracy", id="accuracy") as accuracy_tab:
+                    build_accuracy_tab(accuracy_tab, Path(results_folder or workload.ASSETS / "results"))
         add_endpoints(engines, device)
 
         def forget(request: gr.Request) -> None:
