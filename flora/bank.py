@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class _Stack:
     A: Tensor  # (slots, r, d_in)
     B: Tensor  # (slots, r, d_out)
     ranks: list[int]  # true rank by slot; 0 where the slot has nothing on this layer
+    biases: dict[int, Tensor] = field(default_factory=dict)  # slot → (d_out,), where it is not the layer's own
 
 
 class BatchServing:
@@ -78,7 +79,16 @@ class BatchServing:
             (slot,) = set(slots)
             rank = stack.ranks[slot]
             merged_weight = self.bank.layers[layer].merge(self.family, stack.A[slot, :rank], stack.B[slot, :rank])
-        return LayerPlan(stack.A, stack.B, self._routings[key], merged_weight)
+        return LayerPlan(stack.A, stack.B, self._routings[key], merged_weight, self._changed_bias(layer, stack, slots))
+
+    def _changed_bias(self, layer: str, stack: _Stack, slots: Sequence[int]) -> Tensor | None:
+        """(d_out,) or (n, 1, d_out), as `LayerPlan.bias`; None where every row has the layer's own."""
+        if not any(slot in stack.biases for slot in slots):
+            return None
+        if len(set(slots)) == 1:
+            return stack.biases[slots[0]]
+        own = self.bank.layers[layer].bias.to(self.bank.dtype)
+        return torch.stack([stack.biases.get(slot, own) for slot in slots]).unsqueeze(1)
 
 
 class AdapterBank:
@@ -124,7 +134,7 @@ class AdapterBank:
         slot = self._free.pop() if self._free else self._grow_slots()
         for adapter in adapters:
             for layer, (A, B) in adapter.factors.items():
-                self._write(adapter.family, layer, slot, A, B)
+                self._write(adapter.family, layer, slot, A, B, scales_bias=layer in adapter.scaled_biases)
         if name in self._slot_of:
             self.remove(name)
         self._slot_of[name] = slot
@@ -177,9 +187,10 @@ class AdapterBank:
                     f"adapter {name!r} has weights for layer {layer!r}, which this model does not have or cannot adapt"
                 )
             expected = (self.layers[layer].in_features, self.layers[layer].out_features)
-            if (A.shape[1], B.shape[1]) != expected:
+            given = tuple(width if side is None else side.shape[1] for side, width in zip((A, B), expected, strict=True))
+            if given != expected:
                 raise AdapterError(
-                    f"adapter {name!r} does not fit layer {layer}: it maps {A.shape[1]} → {B.shape[1]}, "
+                    f"adapter {name!r} does not fit layer {layer}: it maps {given[0]} → {given[1]}, "
                     f"the model's layer maps {expected[0]} → {expected[1]}; it was made for another base model"
                 )
 
@@ -242,10 +253,10 @@ class AdapterBank:
                 self._reshape(stack, max(self.num_slots, 2 * stack.A.shape[0]), stack.A.shape[1])
         return self.num_slots - 1
 
-    def _write(self, family: str, layer: str, slot: int, A: Tensor, B: Tensor) -> None:
-        """Place A (rank, d_in) and B (rank, d_out) in a free slot; tensors that running batches hold are never changed under them
-        except in slots they do not use."""
-        adapted, rank = self.layers[layer], A.shape[0]
+    def _write(self, family: str, layer: str, slot: int, A: Tensor | None, B: Tensor | None, scales_bias: bool) -> None:
+        """Place A (rank, d_in) and B (rank, d_out), None for all ones, in a free slot; tensors that running batches hold are never
+        changed under them except in slots they do not use."""
+        adapted, rank = self.layers[layer], (B if A is None else A).shape[0]
         stack = self._stacks.get((family, layer))
         if stack is None:
             stack = _Stack(*self._allocate(self.num_slots, rank, adapted), ranks=[0] * self.num_slots)
@@ -255,9 +266,11 @@ class AdapterBank:
         if rank > stack.A.shape[1]:
             self._reshape(stack, stack.A.shape[0], rank)
         stack.A[slot], stack.B[slot] = 0.0, 0.0
-        stack.A[slot, :rank] = A.to(self.device, self.dtype)
-        stack.B[slot, :rank] = B.to(self.device, self.dtype)
+        stack.A[slot, :rank] = 1.0 if A is None else A.to(self.device, self.dtype)
+        stack.B[slot, :rank] = 1.0 if B is None else B.to(self.device, self.dtype)
         stack.ranks[slot] = rank
+        if scales_bias and adapted.bias is not None:
+            stack.biases[slot] = (adapted.bias * B.sum(0).to(self.device)).to(self.dtype)
 
     def _allocate(self, slots: int, rank: int, layer: AdaptedLinear) -> tuple[Tensor, Tensor]:
         zeros = torch.zeros
@@ -279,4 +292,5 @@ class AdapterBank:
         for stack in self._stacks.values():
             if slot < len(stack.ranks):
                 stack.ranks[slot] = 0
+                stack.biases.pop(slot, None)
         self._free.append(slot)

@@ -1,9 +1,11 @@
-"""Adapter checkpoints ↔ bank entries: PEFT's LoRA and this project's fLoRA, from a folder or the hub, safetensors only.
+"""Adapter checkpoints ↔ bank entries: PEFT's LoRA and IA3 and this project's fLoRA, from a folder or the hub, safetensors only.
 
 A checkpoint is a PEFT folder: adapter_config.json and adapter_model.safetensors, keys `base_model.model.<layer>.<factor>`.
 
     LoRA   lora_A.weight (r, d_in), lora_B.weight (d_out, r); scale lora_alpha / r, or lora_alpha / √r with use_rslora
     fLoRA  flora_A (r, d_in), flora_B (r, d_out); `combine` says whether it was trained with the sum or the mean over components
+    IA3    ia3_l, of a feed-forward layer (1, d_in), scales its input; of another (d_out, 1), scales its output, the bias with it:
+           fLoRA of rank 1 whose other side is all ones
 
 No pickle is ever opened: a folder that has only adapter_model.bin is refused by name.
 """
@@ -36,22 +38,28 @@ KEY_PREFIX = "base_model.model."
 class Adapter:
     """One adapter, ready for the bank.
 
-    factors: layer → A (r, d_in), B (r, d_out), float32, every scale folded into B. source: the folder or hub id as it was given.
+    factors: layer → A (r, d_in), B (r, d_out), float32, every scale folded into B; None stands for a side that is all ones, as
+    wide as the layer. source: the folder or hub id as it was given. scaled_biases: the layers whose bias is multiplied too, by
+    the sum of B over components (IA3 that scales an output); everywhere else the bias is added as it is.
     """
 
     family: str
-    factors: dict[str, tuple[Tensor, Tensor]]
+    factors: dict[str, tuple[Tensor | None, Tensor | None]]
     base_model: str | None
     source: str
+    scaled_biases: frozenset[str] = frozenset()
 
     @property
     def rank(self) -> int:
         """The largest rank over the layers."""
-        return max(A.shape[0] for A, _ in self.factors.values())
+        return max(side.shape[0] for side in self._sides())
 
     @property
     def num_parameters(self) -> int:
-        return sum(A.numel() + B.numel() for A, B in self.factors.values())
+        return sum(side.numel() for side in self._sides())
+
+    def _sides(self) -> list[Tensor]:
+        return [side for pair in self.factors.values() for side in pair if side is not None]
 
 
 def read_adapter(source: str | Path) -> Adapter:
@@ -67,11 +75,15 @@ def read_adapter(source: str | Path) -> Adapter:
         raise CheckpointError(f"adapter {name}: {CONFIG_FILE} has no peft_type; save it again with PEFT")
     if not isinstance(peft_type, str) or peft_type not in _READERS:
         raise CheckpointError(f"adapter {name}: PEFT type {peft_type} is not supported; supported are {', '.join(_READERS)}")
+    if config.get("modules_to_save"):
+        raise CheckpointError(
+            f"adapter {name} replaces whole modules (modules_to_save={config['modules_to_save']!r}), which cannot be served per row"
+        )
     tensors = _read_tensors(folder, name)
-    family, factors = _READERS[peft_type](config, tensors, name)
-    if not factors:
+    if not tensors:
         raise CheckpointError(f"adapter {name}: {WEIGHTS_FILE} holds no adapter weights")
-    return Adapter(family, factors, config.get("base_model_name_or_path"), str(source))
+    family, factors, scaled_biases = _READERS[peft_type](config, tensors, name)
+    return Adapter(family, factors, config.get("base_model_name_or_path"), str(source), scaled_biases)
 
 
 def write_flora(folder: str | Path, factors: dict[str, tuple[Tensor, Tensor]], config: dict) -> None:
@@ -171,9 +183,7 @@ def _pairs(tensors: dict[str, Tensor], suffix_A: str, suffix_B: str, name: str) 
                 sides.setdefault(key.removesuffix(suffix).removeprefix(KEY_PREFIX), {})[side] = tensor
                 break
         else:
-            raise CheckpointError(
-                f"adapter {name}: tensor {key} is of no supported kind; only plain linear-layer factors are served"
-            )
+            raise _unknown_tensor(key, name)
     for layer, pair in sides.items():
         missing = {"A": suffix_A, "B": suffix_B}.keys() - pair.keys()
         if missing:
@@ -185,6 +195,10 @@ def _pairs(tensors: dict[str, Tensor], suffix_A: str, suffix_B: str, name: str) 
         if pair["A"].shape[0] == 0:
             raise CheckpointError(f"adapter {name}: layer {layer} has rank 0; the file is incomplete")
     return {layer: (pair["A"], pair["B"]) for layer, pair in sides.items()}
+
+
+def _unknown_tensor(key: str, name: str) -> CheckpointError:
+    return CheckpointError(f"adapter {name}: tensor {key} is of no supported kind; only plain linear-layer factors are served")
 
 
 def _alpha(config: dict, layer: str, rank: int, name: str) -> float:
@@ -205,7 +219,11 @@ def _alpha(config: dict, layer: str, rank: int, name: str) -> float:
     return alpha
 
 
-def _read_lora(config: dict, tensors: dict[str, Tensor], name: str) -> tuple[str, dict[str, tuple[Tensor, Tensor]]]:
+_Read = tuple[str, dict[str, tuple[Tensor | None, Tensor | None]], frozenset[str]]
+"""Family, factors and scaled biases, as an `Adapter` has them."""
+
+
+def _read_lora(config: dict, tensors: dict[str, Tensor], name: str) -> _Read:
     for flag, what in (
         ("use_dora", "DoRA"),
         ("use_qalora", "QALoRA"),
@@ -227,10 +245,6 @@ def _read_lora(config: dict, tensors: dict[str, Tensor], name: str) -> tuple[str
         raise CheckpointError(
             f"adapter {name} trains the base model's biases (bias={config['bias']!r}), which cannot be served per row"
         )
-    if config.get("modules_to_save"):
-        raise CheckpointError(
-            f"adapter {name} replaces whole modules (modules_to_save={config['modules_to_save']!r}), which cannot be served per row"
-        )
     factors = {}
     for layer, (A, B) in _pairs(tensors, ".lora_A.weight", ".lora_B.weight", name).items():
         rank = A.shape[0]
@@ -239,10 +253,10 @@ def _read_lora(config: dict, tensors: dict[str, Tensor], name: str) -> tuple[str
         alpha = _alpha(config, layer, rank, name)
         scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         factors[layer] = (A, B.T.contiguous() * scale)
-    return "lora", factors
+    return "lora", factors, frozenset()
 
 
-def _read_flora(config: dict, tensors: dict[str, Tensor], name: str) -> tuple[str, dict[str, tuple[Tensor, Tensor]]]:
+def _read_flora(config: dict, tensors: dict[str, Tensor], name: str) -> _Read:
     combine = config.get("combine")
     if combine not in ("sum", "mean"):
         raise CheckpointError(
@@ -255,10 +269,31 @@ def _read_flora(config: dict, tensors: dict[str, Tensor], name: str) -> tuple[st
                 f"adapter {name}: layer {layer} has rank {A.shape[0]} on its A side and {B.shape[0]} on its B side"
             )
         factors[layer] = (A, B / A.shape[0] if combine == "mean" else B)
-    return "flora", factors
+    return "flora", factors, frozenset()
 
 
-_READERS: dict[str, Callable[[dict, dict[str, Tensor], str], tuple[str, dict[str, tuple[Tensor, Tensor]]]]] = {
+def _read_ia3(config: dict, tensors: dict[str, Tensor], name: str) -> _Read:
+    factors: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    scaled_biases = set()
+    for key, scale in tensors.items():
+        if not key.endswith(".ia3_l"):
+            raise _unknown_tensor(key, name)
+        layer = key.removesuffix(".ia3_l").removeprefix(KEY_PREFIX)
+        if scale.ndim != 2 or list(scale.shape).count(1) != 1 or scale.numel() == 0:
+            raise CheckpointError(
+                f"adapter {name}: layer {layer} has a scale of shape {tuple(scale.shape)}, not that of a linear layer, "
+                "(1, d_in) or (d_out, 1)"
+            )
+        if scale.shape[0] == 1:
+            factors[layer] = (scale, None)
+        else:
+            factors[layer] = (None, scale.T.contiguous())
+            scaled_biases.add(layer)
+    return "flora", factors, frozenset(scaled_biases)
+
+
+_READERS: dict[str, Callable[[dict, dict[str, Tensor], str], _Read]] = {
     "LORA": _read_lora,
+    "IA3": _read_ia3,
     "FLORA": _read_flora,
 }

@@ -27,6 +27,7 @@ class LayerPlan:
     B: Tensor  # (slots, r, d_out)
     routing: ops.Routing
     merged_weight: Tensor | None = None  # (d_out, d_in), method `merged` only: the whole batch has one adapter
+    bias: Tensor | None = None  # where an adapter changes the layer's own: (d_out,), or (n, 1, d_out) where rows differ
 
 
 class Serving(Protocol):
@@ -79,20 +80,25 @@ class AdaptedLinear(nn.Module):
         plan = None if serving is None else serving.plan(self.name)
         if plan is None:
             return self.base(x)
+        bias = self.bias if plan.bias is None else plan.bias
+        if bias is None or bias.ndim == 1:
+            return self._serve(x, serving.method, plan, bias)
+        return self._serve(x, serving.method, plan, None) + bias
+
+    def _serve(self, x: Tensor, method: str, plan: LayerPlan, bias: Tensor | None) -> Tensor:
         if plan.merged_weight is not None:
-            return linear(x, plan.merged_weight, self.bias)
+            return linear(x, plan.merged_weight, bias)
         if x.shape[0] != plan.routing.slots.shape[0]:
             raise AdapterError(
                 f"layer {self.name} got {x.shape[0]} rows for a batch of {plan.routing.slots.shape[0]}: "
                 "this architecture reshapes its batch before the layer, which per-row adapters cannot follow"
             )
         if self.is_black_box:
-            around = ops.around_function_of(serving.method)
+            around = ops.around_function_of(method)
             if around is None:
                 _ = self.weight  # says what the method needs
-            return around(partial(product_of, self.base), x, plan.A, plan.B, plan.routing, self.bias)
-        method = ops.function_of(serving.method)
-        return method(x, self.weight, plan.A, plan.B, plan.routing.slots, self.bias, plan.routing)
+            return around(partial(product_of, self.base), x, plan.A, plan.B, plan.routing, bias)
+        return ops.function_of(method)(x, self.weight, plan.A, plan.B, plan.routing.slots, bias, plan.routing)
 
     def merge(self, family: str, A: Tensor, B: Tensor) -> Tensor:
         """A new weight (d_out, d_in) with one adapter of `family` merged in: A (r, d_in), B (r, d_out)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from flora import AdapterError, CheckpointError
+from flora import AdapterError, CheckpointError, Engine
 from flora.formats import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_flora, write_lora
+from flora.models import load_model
 
 # ------------------------------------------------------------------------------------------------------ PEFT's answers
 
@@ -29,12 +31,12 @@ PEFT_OPTIONS = {
 }
 
 
-def logits(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """(1, tokens, vocabulary) of a fixed input."""
-    ids = torch.arange(2, 14)[None]
+def logits(model: torch.nn.Module, name: str, rows: int = 1) -> torch.Tensor:
+    """(rows, tokens, vocabulary) of a fixed input, the same in every row."""
+    ids = torch.arange(2, 14).repeat(rows, 1)
     inputs = {"input_ids": ids}
     if name == "speech":
-        features = torch.sin(torch.arange(20 * 100).float()).reshape(1, 20, 100)
+        features = torch.sin(torch.arange(20 * 100).float()).reshape(1, 20, 100).repeat(rows, 1, 1)
         inputs = {"input_features": features, "decoder_input_ids": ids}
     with torch.no_grad():
         return model(**inputs).logits
@@ -88,6 +90,146 @@ def test_our_lora_files_are_read_by_peft(checkpoints, tmp_path):
     engine = made.engine("aa")
     engine.add_adapter("new", tmp_path)
     assert_same_logits(served_logits(engine, "llama", "new", "bmm-lora"), theirs, base)
+
+
+# ------------------------------------------------------------------------------------------------------------- PEFT's IA3
+
+SAVE = {
+    "code": tiny_models.save_code_model,
+    "gpt2": tiny_models.save_gpt2_model,  # Conv1D
+    "llama": tiny_models.save_llama_model,  # no biases
+    "speech": tiny_models.save_speech_model,
+}
+ALL_LAYERS = {
+    "code": tiny_models.CODE_LAYERS,
+    "gpt2": tiny_models.CODE_LAYERS,
+    "llama": tiny_models.LLAMA_LAYERS,
+    "speech": tiny_models.SPEECH_LAYERS,
+}
+FEED_FORWARD = {"code": ["c_fc", "c_proj"], "gpt2": ["c_fc", "c_proj"], "llama": ["down_proj"], "speech": ["fc1", "fc2"]}
+
+
+def save_peft_ia3(folder: Path, model_folder: Path, seed: int = 0, **options) -> torch.nn.Module:
+    """An IA3 checkpoint made and saved by PEFT, with scales far from one; PEFT's model, in evaluation mode."""
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(tiny_models.load_plain(model_folder), IA3Config(**options)).eval()
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "ia3_l" in name:
+                parameter.normal_(1.0, 0.3)
+    peft_model.save_pretrained(folder)
+    return peft_model
+
+
+@pytest.fixture(scope="module")
+def ia3_models(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("ia3")
+    return {name: save(root / name) for name, save in SAVE.items()}
+
+
+@pytest.mark.parametrize(
+    "name, scaled",
+    [(name, scaled) for name in SAVE for scaled in ("outputs", "inputs", "both")]
+    + [(name, "PEFT's default") for name in ("code", "gpt2", "llama")],  # there is none for Whisper
+)
+def test_peft_ia3_is_served_as_peft_serves_it(name, scaled, ia3_models, tmp_path):
+    """PEFT scales a layer's whole output, its bias too; all four kinds of linear layers here have biases, but Llama's."""
+    layers, feed_forward = ALL_LAYERS[name], FEED_FORWARD[name]
+    options = {
+        "outputs": {"target_modules": list(layers), "feedforward_modules": []},
+        "inputs": {"target_modules": feed_forward, "feedforward_modules": feed_forward},
+        "both": {"target_modules": list(layers), "feedforward_modules": feed_forward},
+        "PEFT's default": {},
+    }[scaled]
+    peft_model = save_peft_ia3(tmp_path / "ia3", ia3_models[name], **options)
+    engine = Engine.from_pretrained(ia3_models[name], {"ia3": tmp_path / "ia3"}, device="cpu")
+    info = engine.adapters["ia3"]
+    assert info.families == ("flora",) and info.ranks == {"flora": 1}
+    trained = [parameter for key, parameter in peft_model.named_parameters() if "ia3_l" in key]
+    assert info.size_bytes == 4 * sum(parameter.numel() for parameter in trained) and info.layers == {"flora": len(trained)}
+    theirs, base = logits(peft_model, name), logits(tiny_models.load_plain(ia3_models[name]), name)
+    for method in ("flora", "flora-expand", "flora-modulate", "merged"):
+        assert_same_logits(served_logits(engine, name, "ia3", method), theirs, base)
+
+
+@pytest.mark.parametrize("name", ["code", "gpt2", "speech"])
+def test_ia3_beside_flora_and_no_adapter_in_one_batch(name, ia3_models, tmp_path):
+    """Rows of one batch have biases of their own: scaled by IA3, the layer's own for fLoRA and for no adapter."""
+    model = tiny_models.load_plain(ia3_models[name])
+    layers = ALL_LAYERS[name]
+    options = {"target_modules": list(layers), "feedforward_modules": FEED_FORWARD[name][:1]}
+    peft_models = [save_peft_ia3(tmp_path / f"ia3-{seed}", ia3_models[name], seed, **options) for seed in (1, 2)]
+    flora = tiny_models.save_flora_adapter(tmp_path / "flora", model, layers, rank=3, seed=3)
+    sources = {"first": tmp_path / "ia3-1", "second": tmp_path / "ia3-2", "flora": flora}
+    engine = Engine.from_pretrained(ia3_models[name], sources, device="cpu")
+    tags = ["second", None, "flora", "first", "second"]
+    alone = {"first": peft_models[0], "second": peft_models[1], "flora": tiny_models.load_merged(ia3_models[name], flora)}
+    truth = torch.cat([logits(alone.get(tag, model), name) for tag in tags])
+    for method in ("flora", "flora-expand", "flora-modulate"):
+        serving = engine.bank.serving(tags, method)
+        with engine.bank.serve(serving):
+            served = logits(engine.model, name, rows=len(tags))
+        engine.bank.release(serving)
+        max_diff = (served - truth).abs().amax((1, 2))
+        assert max_diff.max() < 1e-4 * truth.abs().max(), f"{method}: max_diff by row {max_diff.tolist()}"
+
+
+def test_a_slot_that_held_ia3_has_the_layers_own_bias_again(ia3_models, tmp_path):
+    save_peft_ia3(tmp_path / "ia3", ia3_models["gpt2"], target_modules=["c_fc"], feedforward_modules=[])
+    flora = tiny_models.save_flora_adapter(tmp_path / "flora", tiny_models.load_plain(ia3_models["gpt2"]), ("c_fc",), 2, 0)
+    engine = Engine.from_pretrained(ia3_models["gpt2"], {"tag": tmp_path / "ia3"}, device="cpu")
+    engine.remove_adapter("tag")
+    engine.add_adapter("tag", flora)
+    assert engine.bank.num_slots == 2, "the slot was not used again: the test shows nothing"
+    truth = logits(tiny_models.load_merged(ia3_models["gpt2"], flora), "gpt2")
+    assert_same_logits(
+        served_logits(engine, "gpt2", "tag", "flora"), truth, logits(tiny_models.load_plain(ia3_models["gpt2"]), "gpt2")
+    )
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_ia3_on_a_quantised_model(quantize, tmp_path):
+    """The base layer adds its own bias and knows no other way: what is scaled is that bias too."""
+    folder = tiny_models.save_code_model(tmp_path / "wide", width=64, inner_width=128)
+    save_peft_ia3(tmp_path / "ia3", folder, target_modules=["c_attn", "c_fc"], feedforward_modules=["c_fc"])
+    engine = Engine.from_pretrained(folder, {"ia3": tmp_path / "ia3"}, device="cpu", quantize=quantize)
+    theirs = PeftModel.from_pretrained(load_model(folder, "cpu", "float32", quantize).model, tmp_path / "ia3").eval()
+    base = logits(load_model(folder, "cpu", "float32", quantize).model, "code")
+    served, truth = served_logits(engine, "code", "ia3", "flora"), logits(theirs, "code")
+    effect, max_diff = (truth - base).abs().max().item(), (served - truth).abs().max().item()
+    assert max_diff < 0.02 * effect, f"max_diff {max_diff:.3g}, of an effect of {effect:.3g}"
+
+
+@pytest.fixture
+def ia3_folder(ia3_models, tmp_path) -> Path:
+    save_peft_ia3(tmp_path / "my-ia3", ia3_models["code"], target_modules=["c_attn", "c_fc"], feedforward_modules=["c_fc"])
+    return tmp_path / "my-ia3"
+
+
+IA3_KEY = "base_model.model.transformer.h.1.mlp.c_fc.ia3_l"
+
+
+@pytest.mark.parametrize("shape", [(48,), (1, 1), (2, 48), (1, 0), (48, 1, 1, 1)], ids=str)
+def test_ia3_that_scales_no_linear_layer(ia3_folder, shape):
+    change_tensors(ia3_folder, lambda tensors: tensors.update({IA3_KEY: torch.ones(shape)}))
+    assert_refused(ia3_folder, rf"layer transformer.h.1.mlp.c_fc has a scale of shape {re.escape(str(shape))}")
+
+
+def test_ia3_of_another_width(ia3_models, ia3_folder):
+    change_tensors(ia3_folder, lambda tensors: tensors.update({IA3_KEY: torch.ones(1, 50)}))
+    with pytest.raises(AdapterError, match=r"does not fit layer transformer.h.1.mlp.c_fc: it maps 50 → 80, the model's .* 48 → 80"):
+        Engine.from_pretrained(ia3_models["code"], {"ia3": ia3_folder}, device="cpu")
+
+
+def test_ia3_with_tensors_of_another_kind(ia3_folder):
+    change_tensors(ia3_folder, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(3, 4)}))
+    assert_refused(ia3_folder, "tensor base_model.model.lm_head.weight is of no supported kind")
+
+
+def test_ia3_that_replaces_whole_modules(ia3_models, tmp_path):
+    options = {"target_modules": ["c_attn"], "feedforward_modules": [], "modules_to_save": ["ln_f"]}
+    save_peft_ia3(tmp_path / "my-ia3", ia3_models["code"], **options)
+    assert_refused(tmp_path / "my-ia3", r"replaces whole modules \(modules_to_save=\['ln_f'\]\)")
 
 
 # ------------------------------------------------------------------------------------------------------ our own format
