@@ -12,7 +12,7 @@ espeak-ng has no Mongolian voice: Mongolian Cyrillic is read by the Kazakh one, 
 every letter. Arabic is read from text with vowel marks, which the transcript, as usual in Arabic, leaves out.
 
     python -m flora.corpus.speech --dataset runs/speech     # clips to train on and to be judged by
-    python -m flora.corpus.speech --clips assets/clips      # the examples that ship: two held-out clips per language
+    python -m flora.corpus.speech --clips assets/clips      # the examples that ship: held-out clips of every language
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ VARIANTS = {"train": ("m1", "m2", "m3", "m4", "m5", "m8", "f1", "f2", "f4"), "he
 SPEEDS = {"train": (110, 120, 130, 140, 150, 160, 170, 180), "held-out": (115, 135, 155, 175)}  # words per minute
 PITCHES = {"train": (30, 40, 50, 60, 70), "held-out": (35, 45, 55, 65)}  # espeak's scale, 0 to 99
 
+EXAMPLES_PER_LANGUAGE = {"en": 2}
+"""Example clips that ship, where it is not four: English is no adapter's language."""
+
 VOWEL_MARKS = re.compile("[\u064b-\u0652]")  # Arabic: spoken, not written
 
 
@@ -55,7 +58,8 @@ VOWEL_MARKS = re.compile("[\u064b-\u0652]")  # Arabic: spoken, not written
 class SpokenLanguage:
     """What is said in one language, and by which espeak-ng voice.
 
-    A command is a verb and an object, in the order of the language (`object_first`), or one of `phrases`.
+    A command is a verb and an object, in the order of the language (`object_first`), or one of `phrases`. note: what a
+    card of a model or adapter of this language has to say about its speech, a sentence or nothing.
     """
 
     name: str
@@ -65,6 +69,7 @@ class SpokenLanguage:
     objects: tuple[str, ...]
     phrases: tuple[str, ...]
     object_first: bool = False
+    note: str = ""
 
     def commands(self) -> list[str]:
         """Every bare command: verbs with objects, then the fixed phrases."""
@@ -119,6 +124,7 @@ LANGUAGES: dict[str, SpokenLanguage] = {
         _words("хаалга, цонх, ном, хайрцаг"),
         _words("энд зогс, зүүн тийш эргэ, баруун тийш эргэ, гэртээ харь"),
         object_first=True,
+        note="espeak-ng has no Mongolian voice: its Kazakh one, the nearest that knows every letter, reads the Mongolian text.",
     ),
     "hi": SpokenLanguage(
         "Hindi",
@@ -342,25 +348,27 @@ def build_dataset(
     return {(tag, split): load_clips(folder, tag, split, count, seed) for (tag, split), count in counts.items()}
 
 
-def write_example_clips(folder: str | Path, per_language: int = 2, seed: int = 1) -> list[dict[str, str]]:
-    """The examples that ship: held-out clips, first numbers, then a command, as FLAC, with clips.json beside them.
+def write_example_clips(folder: str | Path, seed: int = 1) -> list[dict[str, str]]:
+    """The examples that ship: held-out clips, numbers and commands in turn, as FLAC, with clips.json beside them.
 
-    Returns the list that clips.json holds: {file, tag, text, voice}.
+    The clips of a language take turns through the held-out voices. Returns the list that clips.json holds:
+    {file, tag, text, voice}.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    entries, speakers = [], {}
+    entries = []
     for tag, language in LANGUAGES.items():
         digits = {written(digit) for digit in language.digits}
-        for index in range(per_language):
+        heard = dict.fromkeys((f"{language.voice}+{variant}" for variant in VARIANTS["held-out"]), 0)
+        for index in range(EXAMPLES_PER_LANGUAGE.get(tag, 4)):
             for utterance in utterances(tag, "held-out", seed + index):
                 words = utterance.text.split()
                 numbers_only = len(words) == 3 and set(words) <= digits
                 command_and_number = words[-1] in digits and not digits & set(words[:-1])
                 wanted = numbers_only if index % 2 == 0 else command_and_number
-                if wanted and utterance.voice not in speakers.get(tag, ()):
+                if wanted and heard[utterance.voice] == min(heard.values()):
                     break
-            speakers.setdefault(tag, []).append(utterance.voice)
+            heard[utterance.voice] += 1
             name = f"{tag}_{index + 1}.flac"
             soundfile.write(folder / name, speak(utterance), SAMPLING_RATE, subtype="PCM_16")
             entries.append({"file": name, "tag": tag, "text": utterance.text, "voice": utterance.voice})
