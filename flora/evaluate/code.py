@@ -1,0 +1,608 @@
+"""python -m flora.evaluate code: pass@k of a code model, bare and with its adapters.
+
+Every problem is answered by every method in turn through `flora.Engine`: problems of all languages, each with its own adapter,
+run in one batch. The answers are cut at the problem's stop tokens, put between its prompt and its tests as MultiPL-E does, and the
+programs run in a sandbox. A language without a toolchain is not graded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from flora import ops
+from flora.engine import Engine, Request
+from flora.engine.request import TokenEvent
+from flora.errors import AdapterError, EvaluationError, ModelError, RequestError, UnknownAdapterError
+from flora.evaluate import intervals
+from flora.evaluate.checkpoints import (
+    SERVED_BY,
+    Checkpoint,
+    find_checkpoints,
+    given_checkpoints,
+    shipped_adapters,
+    shipped_model,
+)
+from flora.evaluate.intervals import Interval
+from flora.evaluate.pass_at_k import pass_at_k
+from flora.evaluate.problems import BENCHMARKS, CORPUS, HUB, TAGS, Problem, held_out_problems, hub_problems, read_problems
+from flora.evaluate.rows import (
+    METHODS,
+    PROJECT,
+    Answer,
+    Item,
+    Row,
+    Score,
+    Target,
+    confusion_table,
+    environment,
+    public_name,
+    score_table,
+    target_table,
+    text_table,
+    to_line,
+    write_rows,
+)
+from flora.evaluate.sandbox import Limits, Result, find_sandbox
+from flora.evaluate.toolchains import Grader, recipe
+
+CORPUS_PROBLEMS = 100
+CONFUSION_PROBLEMS = 25
+EXAMPLES = 8  # problems per language of which the answers are kept
+CORPUS_TOKENS, MULTIPL_E_TOKENS = 160, 512  # new tokens; the corpus's longest completions take half of that
+BASE_AT_MOST, FLORA_AT_LEAST, BEHIND_LORA_AT_MOST = 0.45, 0.75, 0.02  # mean pass@1 over the graded languages
+
+
+# ------------------------------------------------------------------------------------------------------------ answering
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem and who answers it: a method with a checkpoint, or the base model with None. sample: from 0."""
+
+    problem: Problem
+    checkpoint: Checkpoint | None
+    sample: int = 0
+
+    @property
+    def method(self) -> str:
+        return self.checkpoint.method if self.checkpoint else "base"
+
+    @property
+    def key(self) -> tuple[str, str, str | None]:
+        return (self.problem.language, self.method, self.checkpoint.language if self.checkpoint else None)
+
+
+def tasks_of(
+    problems: Mapping[str, Sequence[Problem]],
+    checkpoints: Sequence[Checkpoint],
+    base: bool = True,
+    confusion: int = 0,
+    samples: int = 1,
+) -> list[Task]:
+    """Who answers what: every problem the base model and its language's adapters, and the first `confusion` problems of each
+    language the fLoRA adapters of all others too. Languages take turns, so that a batch holds adapters of several.
+    """
+    tasks: list[Task] = []
+    for index, row in enumerate(zip_longest(*problems.values())):
+        for problem in filter(None, row):
+            own = [checkpoint for checkpoint in checkpoints if checkpoint.language == problem.language]
+            others = [c for c in checkpoints if c.language != problem.language and c.method == "flora"]
+            who: list[Checkpoint | None] = [*([None] if base else []), *own, *(others if index < confusion else [])]
+            tasks += [Task(problem, checkpoint, sample) for checkpoint in who for sample in range(samples)]
+    return tasks
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. temperature: 0 is greedy. method: the engine's for all adapters, None for the one of each kind."""
+
+    temperature: float = 0.0
+    max_new_tokens: int = CORPUS_TOKENS
+    seed: int = 1
+    method: str | None = None
+
+
+def answer(engine: Engine, tasks: Sequence[Task], sampling: Sampling) -> Iterator[tuple[Task, str | None]]:
+    """Completions as batches are done, cut at the stop tokens; None for a prompt that the model's context does not hold.
+
+    Adapters of one family and the base model share batches. What is sampled depends on the seed and on a task's place in `tasks`.
+    """
+    queues: dict[str, list[tuple[int, Task, Request]]] = {}
+    for place, task in enumerate(tasks):
+        method = sampling.method or SERVED_BY[task.method]
+        name = task.checkpoint.name if task.checkpoint else None
+        try:
+            request = Request(task.problem.prompt, None, None, name, sampling.max_new_tokens, sampling.temperature)
+            engine.validate(request, method)
+        except UnknownAdapterError:
+            raise
+        except RequestError:
+            yield task, None
+        else:
+            queues.setdefault(method, []).append((place, task, request))
+    for method, queue in queues.items():
+        for first in range(0, len(queue), engine.max_batch_size):
+            batch = queue[first : first + engine.max_batch_size]
+            problems = [task.problem for _, task, _ in batch]
+            texts = _generate(engine, problems, [request for _, _, request in batch], method, sampling.seed, batch[0][0])
+            yield from ((task, text) for (_, task, _), text in zip(batch, texts, strict=True))
+
+
+def _generate(
+    engine: Engine, problems: Sequence[Problem], requests: Sequence[Request], method: str, seed: int, first_index: int
+) -> list[str]:
+    """One batch; a row ends at its problem's first stop token, or where the model ends it."""
+    generation = engine.start(requests, method, seed, first_index)
+    try:
+        while not generation.done:
+            for event in generation.step():
+                # Decoding all tokens at every token would be quadratic: a row may run on for a few.
+                if isinstance(event, TokenEvent) and event.num_new_tokens % 8 == 0 and problems[event.index].stop_tokens:
+                    if problems[event.index].is_complete(event.text):
+                        generation.cancel(event.index)
+        completions = generation.completions
+    finally:
+        generation.close()
+    return [problem.completion(completion.text) for problem, completion in zip(problems, completions, strict=True)]
+
+
+# -------------------------------------------------------------------------------------------------------------- grading
+
+
+@dataclass
+class Tally:
+    """The answers of one method with one adapter on one language: by problem, how many samples there are and how many passed."""
+
+    passed: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+
+    def add(self, problem: str, passed: bool) -> None:
+        self.samples[problem] = self.samples.get(problem, 0) + 1
+        self.passed[problem] = self.passed.get(problem, 0) + passed
+
+    def rates(self, k: int = 1) -> dict[str, float]:
+        """pass@k of each problem."""
+        return {name: pass_at_k(self.samples[name], self.passed[name], k) for name in self.samples}
+
+    def rate(self, k: int = 1) -> Interval:
+        return intervals.pass_rate(list(self.rates(k).values()))
+
+
+Key = tuple[str, str, str | None]
+"""language, method, adapter's language or None"""
+
+
+@dataclass
+class Grades:
+    """What was answered and how it did. reasons: language → why it is not graded. unanswered: prompts longer than the context."""
+
+    tallies: dict[Key, Tally] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    answers: dict[tuple[Key, str], tuple[str, Result | None]] = field(default_factory=dict)  # first samples only
+    keys: list[Key] = field(default_factory=list)
+    unanswered: int = 0
+
+
+def grade(grader: Grader, tasks: Sequence[Task], texts: Mapping[Task, str | None], workers: int | None = None) -> Grades:
+    """Run the programs of all answers, equal ones once, with a progress bar on a terminal."""
+    programs = {task: (task.problem.language, task.problem.program(texts[task])) for task in tasks if texts[task] is not None}
+    results: dict[tuple[str, str], Result | None] = {}
+    grades = Grades(keys=list(dict.fromkeys(task.key for task in tasks)), unanswered=len(tasks) - len(programs))
+    for task in tasks:
+        reason = grader.reason(task.problem.language, task.problem.tests)
+        if reason is not None:
+            grades.reasons.setdefault(task.problem.language, reason)
+    graded = list(dict.fromkeys(program for program in programs.values() if program[0] not in grades.reasons))
+    running = grader.grade_all(graded, workers)
+    for program, result in tqdm(running, total=len(graded), unit="program", leave=False, disable=None):
+        results[program] = result
+    for task in tasks:
+        text, result = texts[task], results.get(programs[task]) if task in programs else None
+        if task.problem.language not in grades.reasons:
+            grades.tallies.setdefault(task.key, Tally()).add(task.problem.name, result is not None and result.passed)
+        if task.sample == 0 and text is not None:
+            grades.answers[task.key, task.problem.name] = (text, result)
+    return grades
+
+
+def measure(engine: Engine, grader: Grader, tasks: Sequence[Task], sampling: Sampling, workers: int | None = None) -> Grades:
+    """Answer all tasks, then grade the answers."""
+    answering = tqdm(answer(engine, tasks, sampling), total=len(tasks), unit="answer", leave=False, disable=None)
+    return grade(grader, tasks, dict(answering), workers)
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def scores_of(
+    grades: Grades,
+    engine: Engine,
+    checkpoints: Sequence[Checkpoint],
+    sources: Mapping[str, str],
+    ks: Sequence[int],
+    samples: int,
+    facts: Mapping[str, object],
+) -> list[Score]:
+    """A row for each k of every language, method and adapter, languages and methods in order.
+
+    sources: language → where its problems are from. facts: the Score fields that are the same in all rows.
+    """
+    by_name = {checkpoint.name: checkpoint for checkpoint in checkpoints}
+    surroundings = environment(engine)
+    order = {tag: index for index, tag in enumerate(sources)}
+    keys = sorted(grades.keys, key=lambda key: (order[key[0]], METHODS.index(key[1]), key[2] not in (None, key[0]), key[2] or ""))
+    scores = []
+    for language, method, adapter in keys:
+        checkpoint, tally = by_name.get(f"{adapter}/{method}"), grades.tallies.get((language, method, adapter))
+        for k in ks:
+            interval = None if tally is None else tally.rate(k)
+            scores.append(
+                Score(
+                    task="code",
+                    language=language,
+                    method=method,
+                    adapter=adapter,
+                    metric=f"pass@{k}",
+                    value=None if interval is None else round(interval.value, 6),
+                    low=None if interval is None or interval.low is None else round(interval.low, 6),
+                    high=None if interval is None or interval.high is None else round(interval.high, 6),
+                    confidence=intervals.CONFIDENCE,
+                    items=0 if tally is None else len(tally.samples),
+                    samples=samples,
+                    graded=tally is not None,
+                    reason=grades.reasons.get(language),
+                    checkpoint=None if checkpoint is None else public_name(checkpoint.source),
+                    rank=None if checkpoint is None else max(engine.adapters[checkpoint.name].ranks.values()),
+                    source=sources[language],
+                    **facts,
+                    **surroundings,
+                )
+            )
+    return scores
+
+
+def answers_of(grades: Grades, problems: Mapping[str, Sequence[Problem]]) -> list[Row]:
+    """An Item for the first problems of each language, and an Answer for what each method with the right adapter wrote."""
+    rows: list[Row] = []
+    for tag, part in problems.items():
+        for problem in part[:EXAMPLES]:
+            rows.append(Item("code", tag, problem.name, problem.prompt, problem.reference or ""))
+            for method in METHODS:
+                key = (tag, method, None if method == "base" else tag)
+                if (key, problem.name) in grades.answers:
+                    text, result = grades.answers[key, problem.name]
+                    passed, outcome = (None, "not graded") if result is None else (result.passed, result.outcome)
+                    rows.append(Answer("code", tag, problem.name, method, key[2], text, passed, outcome))
+    return rows
+
+
+def mean_of(tallies: Mapping[Key, Tally], method: str, languages: Sequence[str]) -> Interval | None:
+    """Mean pass@1 over languages, each with its own adapter; None where one of them is missing.
+
+    The languages have the same problems, and what is drawn again for the interval is the problem, in all languages at once.
+    """
+    rates = _own_rates(tallies, method, languages)
+    if rates is None:
+        return None
+    return intervals.pass_rate(list(rates.values()), clusters=[name for _, name in rates])
+
+
+def mean_difference(tallies: Mapping[Key, Tally], first: str, second: str, languages: Sequence[str]) -> Interval | None:
+    """How much better the first method is in mean pass@1, on the same problems."""
+    one, other = (_own_rates(tallies, method, languages) for method in (first, second))
+    if one is None or other is None or one.keys() != other.keys():
+        return None
+    clusters = [name for _, name in one]
+    return intervals.ratio_difference(list(one.values()), [other[place] for place in one], clusters=clusters)
+
+
+def _own_rates(tallies: Mapping[Key, Tally], method: str, languages: Sequence[str]) -> dict[tuple[str, str], float] | None:
+    """(language, problem) → pass@1."""
+    keys = {tag: (tag, method, None if method == "base" else tag) for tag in languages}
+    if not keys or any(key not in tallies for key in keys.values()):
+        return None
+    return {(tag, name): rate for tag, key in keys.items() for name, rate in tallies[key].rates().items()}
+
+
+def targets(tallies: Mapping[Key, Tally], languages: Sequence[str], adapters: Sequence[str] = TAGS) -> list[Target]:
+    """What the embedded model and its adapters promise, over all graded `languages`, and whether it holds; see `Target`.
+
+    Differences are of the same problems. Another of the `adapters` is clearly worse where the interval of the right one's lead, on
+    the same problems, leaves out 0.
+    """
+    base, flora = (mean_of(tallies, method, languages) for method in ("base", "flora"))
+    ahead_of_lora = mean_difference(tallies, "flora", "lora", languages)
+    ahead_of_ia3 = mean_difference(tallies, "flora", "ia3", languages)
+    number = f"mean pass@1 of {len(languages)} languages"
+    return [
+        Target(
+            f"base model: {number} at most {100 * BASE_AT_MOST:.0f} %",
+            _per_cent(base),
+            None if base is None else base.value <= BASE_AT_MOST,
+        ),
+        Target(
+            f"fLoRA: {number} at least {100 * FLORA_AT_LEAST:.0f} %",
+            _per_cent(flora),
+            None if flora is None else flora.value >= FLORA_AT_LEAST,
+        ),
+        Target(
+            f"fLoRA − LoRA at least −{100 * BEHIND_LORA_AT_MOST:.0f} points",
+            _points(ahead_of_lora),
+            None if ahead_of_lora is None else ahead_of_lora.value >= -BEHIND_LORA_AT_MOST,
+        ),
+        Target("fLoRA − IA3 above 0", _points(ahead_of_ia3), None if ahead_of_ia3 is None else ahead_of_ia3.value > 0.0),
+        _needed(tallies, languages, adapters),
+    ]
+
+
+def _needed(tallies: Mapping[Key, Tally], languages: Sequence[str], adapters: Sequence[str]) -> Target:
+    """Each adapter is needed: on no language does another one's come near its own."""
+    what = "every other language's fLoRA adapter is clearly worse"
+    pairs = [(tag, other) for tag in languages for other in adapters if other != tag]
+    if not pairs or any((tag, "flora", adapter) not in tallies for tag, other in pairs for adapter in (tag, other)):
+        return Target(what, None, None)
+    leads = {}
+    for tag, other in pairs:
+        wrong, right = tallies[tag, "flora", other].rates(), tallies[tag, "flora", tag].rates()
+        leads[tag, other] = intervals.ratio_difference([right[name] for name in wrong], list(wrong.values()))
+    worse = sum(lead.low is not None and lead.low > 0.0 for lead in leads.values())
+    (tag, other), nearest = min(leads.items(), key=lambda pair: pair[1].value)
+    return Target(what, f"{worse} of {len(pairs)}; nearest: {other}'s on {tag} {_points(nearest)} behind", worse == len(pairs))
+
+
+def _per_cent(interval: Interval | None) -> str | None:
+    if interval is None:
+        return None
+    ends = "" if interval.low is None else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    return f"{100 * interval.value:.1f} %{ends}"
+
+
+def _points(interval: Interval | None) -> str | None:
+    if interval is None:
+        return None
+    ends = "" if interval.low is None else f" [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+    return f"{100 * interval.value:+.1f} points{ends}"
+
+
+def tables(grades: Grades, scores: Sequence[Score], ks: Sequence[int]) -> str:
+    """The scores for a terminal: a table for each k, each method's mean with its interval, the confusion matrix, the reasons."""
+    languages = list(dict.fromkeys(tag for tag, method, adapter in grades.tallies if adapter in (None, tag)))
+    means = [(method, _per_cent(mean_of(grades.tallies, method, languages))) for method in METHODS]
+    parts = [score_table(scores, f"pass@{k}") for k in ks]
+    if len(languages) > 1 and any(mean for _, mean in means):
+        heads = ["method", f"mean pass@1 of {len(languages)} languages"]
+        parts.append(text_table(heads, [[method, mean] for method, mean in means if mean], left=2))
+    parts.append(confusion_table(scores, "pass@1"))
+    parts += [f"not graded: {tag}, {reason}" for tag, reason in grades.reasons.items()]
+    return "\n\n".join(filter(None, parts))
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def _whole(lowest: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = lowest - 1
+        if number < lowest:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {lowest}, not {text!r}")
+        return number
+
+    return whole
+
+
+def _temperature(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not (math.isfinite(number) and number >= 0.0):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
+    return number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m flora.evaluate code`."""
+    parser.description = (
+        "Measure pass@k of a code model and its adapters, with confidence intervals. Without --data and --dataset: on held-out "
+        "problems of the project's own corpus. Without --model: the embedded model and the adapters that ship."
+    )
+    data = parser.add_argument_group("what is asked")
+    data.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="problems in MultiPL-E's format: JSONL rows {name, language, prompt, tests, stop_tokens}; may be given many times",
+    )
+    data.add_argument("--dataset", choices=BENCHMARKS, help=f"problems of {HUB} on the hub: {' or '.join(BENCHMARKS)}")
+    data.add_argument("--languages", nargs="+", metavar="TAG", help=f"default: those of --data, else {' '.join(TAGS)}")
+    data.add_argument(
+        "--problems", type=_whole(1), metavar="N", help=f"per language; default: {CORPUS_PROBLEMS} of the corpus, else all"
+    )
+    who = parser.add_argument_group("who answers")
+    who.add_argument("--model", metavar="MODEL", help="folder, hub id or short name; default: the embedded code model")
+    who.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="TAG[/METHOD]=FOLDER",
+        help="an adapter of a language, folder or hub id; may be given many times",
+    )
+    who.add_argument("--adapters", type=Path, metavar="FOLDER", help="folder of adapters TAG/METHOD; default: those that ship")
+    who.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=" ".join(METHODS))
+    who.add_argument(
+        "--method", choices=ops.METHODS, metavar="METHOD", help="of the engine, for all adapters; default: flora, for LoRA bmm-lora"
+    )
+    who.add_argument(
+        "--confusion",
+        type=_whole(0),
+        metavar="N",
+        help=f"every language's fLoRA adapter on N problems of every other; default: {CONFUSION_PROBLEMS} with --report, else 0",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("-n", "--samples", type=_whole(1), default=1, metavar="N", help="answers to each problem; default: 1")
+    how.add_argument("-k", "--k", nargs="+", type=_whole(1), default=[1], metavar="K", help="pass@k for each; default: 1")
+    how.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 is greedy; default: 0")
+    lengths = f"default: {CORPUS_TOKENS} for the corpus, else {MULTIPL_E_TOKENS}"
+    how.add_argument("--max-new-tokens", type=_whole(1), metavar="N", help=lengths)
+    how.add_argument("--seed", type=_whole(0), default=1, metavar="N", help="of the corpus's problems and of sampling; default: 1")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda; default: auto")
+    how.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16; default: auto")
+    how.add_argument("--quantize", choices=("int8", "nf4"), help="load the base model quantised")
+    how.add_argument("--batch-size", type=_whole(1), default=32, metavar="N", help="answers at once; default: 32")
+    how.add_argument("--threads", type=_whole(1), metavar="N", help="torch's CPU threads; default: torch's own choice")
+    limits = parser.add_argument_group("how programs run")
+    limits.add_argument("--workers", type=_whole(1), metavar="N", help="programs at a time; default: one per processor")
+    cpu_s, megabytes = Limits.cpu_s, Limits.memory_bytes >> 20
+    limits.add_argument("--cpu-limit", type=_whole(1), default=cpu_s, metavar="S", help=f"seconds of computing; default: {cpu_s}")
+    limits.add_argument("--memory-limit", type=_whole(256), default=megabytes, metavar="MB", help=f"default: {megabytes}")
+    limits.add_argument(
+        "--unsafe",
+        action="store_true",
+        help="where neither bubblewrap nor namespaces work: run generated programs all the same, with limits alone",
+    )
+    out = parser.add_argument_group("what is left behind")
+    out.add_argument("--json", metavar="FILE", help="write the scores as JSONL rows; - for the terminal")
+    out.add_argument(
+        "--report",
+        action="store_true",
+        help="also the confusion matrix, answers to a few problems, and whether each target holds; written to --results",
+    )
+    out.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="where --report merges accuracy_code.jsonl and answers_code.jsonl; default: assets/results",
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Evaluate as the options say, print a table, write rows; 0 for done. Raises a FloraError for bad input."""
+    embedded = not (options.model or options.adapter or options.adapters or options.data or options.dataset)
+    if options.report and options.results is None and not embedded:
+        raise EvaluationError("name a folder with --results: only the embedded model's own report goes to assets/results")
+    if max(options.k) > options.samples:
+        k = max(options.k)
+        raise EvaluationError(f"pass@{k} needs at least as many answers to each problem: give --samples {k}")
+    if options.samples > 1 and options.temperature == 0.0:
+        raise EvaluationError(f"{options.samples} greedy answers are all the same: give a --temperature above 0, such as 0.2")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    said = sys.stderr if options.json == "-" else sys.stdout  # rows on stdout stay alone there
+    confusion = options.confusion if options.confusion is not None else CONFUSION_PROBLEMS if options.report else 0
+    base, ks = "base" in options.methods, sorted(set(options.k))
+
+    run_limits = Limits(wall_s=3.0 * options.cpu_limit, cpu_s=options.cpu_limit, memory_bytes=options.memory_limit << 20)
+    grader = Grader(find_sandbox(options.unsafe), run_limits)
+    problems, source = _problems(options)
+    checkpoints = _checkpoints(options, list(problems), confusion)
+    if not base and not checkpoints:
+        raise EvaluationError(f"nothing to evaluate: there is no adapter of {', '.join(problems)} by {', '.join(options.methods)}")
+    model = options.model or shipped_model("code")
+    engine = Engine.from_pretrained(
+        model,
+        {checkpoint.name: checkpoint.source for checkpoint in checkpoints},
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        max_batch_size=options.batch_size,
+    )
+    if engine.kind != "code":
+        raise ModelError(f"--model names the speech model {engine.name!r}: give one that continues text")
+
+    # Of a language that is not graded a few answers are enough to read.
+    asked = {
+        tag: part if all(grader.reason(tag, problem.tests) is None for problem in part) else part[:EXAMPLES]
+        for tag, part in problems.items()
+    }
+    tasks = tasks_of(asked, checkpoints, base, confusion, options.samples)
+    max_new_tokens = options.max_new_tokens or (CORPUS_TOKENS if source == CORPUS else MULTIPL_E_TOKENS)
+    sampling = Sampling(options.temperature, max_new_tokens, options.seed, options.method)
+    grades = measure(engine, grader, tasks, sampling, options.workers)
+    facts = {
+        "model": public_name(model),
+        "temperature": options.temperature,
+        "seed": options.seed,
+        "command": options.command,
+    }
+    scores = scores_of(grades, engine, checkpoints, dict.fromkeys(problems, source), ks, options.samples, facts)
+    print(tables(grades, scores, ks), file=said)
+    if grades.unanswered:
+        print(f"{grades.unanswered} prompts are longer than the model's context and count as not passed", file=sys.stderr)
+    if options.json == "-":
+        sys.stdout.writelines(to_line(score) + "\n" for score in scores)
+    elif options.json:
+        write_rows(options.json, scores)
+    if options.report:
+        results = options.results or PROJECT / "assets" / "results"
+        write_rows(results / "accuracy_code.jsonl", scores, merge=True)
+        write_rows(results / "answers_code.jsonl", answers_of(grades, problems), merge=True)
+        languages = [tag for tag in problems if tag not in grades.reasons]
+        print(f"\n{target_table(targets(grades.tallies, languages))}", file=said)
+    return 0
+
+
+def _problems(options: argparse.Namespace) -> tuple[dict[str, list[Problem]], str]:
+    """Problems by language, and where they are from."""
+    for tag in options.languages or ():
+        recipe(tag)
+    if options.data and options.dataset:
+        raise EvaluationError("problems come from --data or from --dataset, not from both")
+    if not options.data and not options.dataset:
+        found: Iterable[Problem] = held_out_problems(options.languages or TAGS, options.problems or CORPUS_PROBLEMS, options.seed)
+        source = CORPUS
+    elif options.dataset:
+        found, source = hub_problems(options.languages or TAGS, options.dataset), f"{HUB} {options.dataset}"
+    else:
+        found = [problem for path in options.data for problem in read_problems(path)]
+        source = " ".join(public_name(path) for path in options.data)
+    by_language: dict[str, list[Problem]] = {}
+    for problem in found:
+        by_language.setdefault(problem.language, []).append(problem)
+    chosen = {}
+    for tag in options.languages or by_language:
+        if tag not in by_language:
+            raise EvaluationError(f"there are no problems in {tag}; there are some in {', '.join(by_language)}")
+        part = by_language[tag][: options.problems]
+        names = [problem.name for problem in part]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise EvaluationError(f"there are two problems {twice!r} in {tag}: give each a name of its own")
+        chosen[tag] = part
+    return chosen, source
+
+
+def _checkpoints(options: argparse.Namespace, languages: Sequence[str], confusion: int) -> list[Checkpoint]:
+    """The adapters to judge on `languages`, and with `confusion` the fLoRA adapters of others; what is missing is said."""
+    if options.adapter:
+        checkpoints = [checkpoint for checkpoint in given_checkpoints(options.adapter) if checkpoint.method in options.methods]
+    elif options.model and not options.adapters:
+        return []
+    else:
+        folder = options.adapters or shipped_adapters("code")
+        if not folder.is_dir():
+            raise AdapterError(f"there is no folder {folder.name!r}: give one that holds adapters as TAG/METHOD")
+        checkpoints, missing = find_checkpoints(folder, dict.fromkeys([*languages, *TAGS]), options.methods)
+        missing = [name for name in missing if name.partition("/")[0] in languages]
+        if missing:
+            print(f"left out, since there is no such adapter: {', '.join(missing)}", file=sys.stderr)
+    used = [c for c in checkpoints if c.language in languages or (confusion and c.method == "flora")]
+    if options.adapter and len(used) < len(checkpoints):
+        idle = next(checkpoint for checkpoint in checkpoints if checkpoint not in used)
+        raise EvaluationError(f"adapter {idle.name} has no problems: they are in {', '.join(languages)}")
+    return used
