@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
+
+from flora.errors import FloraError
+from flora.evaluate.rows import command_line
 
 TASKS = {
     "code": "pass@k of generated programs, each run in a sandbox",
@@ -39,11 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"flora.evaluate.{name}")
             module.add_arguments(command)
     options = parser.parse_args(words)
-    from flora.errors import FloraError
-    from flora.evaluate.rows import command_line
-
-    # At import it warns on every CPU that an optional kernel is missing; 4-bit weights, which would use it, need a GPU here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     options.command = command_line(words)
     try:
         return module.main(options)

@@ -1,0 +1,208 @@
+"""Rows: what they look like in a file, how they are merged and written, and the tables made of them."""
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flora.errors import EvaluationError, FloraError
+from flora.evaluate import rows
+from flora.evaluate.rows import (
+    Answer,
+    Item,
+    Score,
+    Target,
+    command_line,
+    confusion_table,
+    environment,
+    merge_rows,
+    public_name,
+    read_rows,
+    score_table,
+    target_table,
+    text_table,
+    to_line,
+    write_rows,
+)
+
+SCORE = Score(
+    task="code", language="lua", method="flora", adapter="lua", metric="pass@1", value=0.78, low=0.69, high=0.86, confidence=0.95,
+    items=100, samples=1, temperature=0.0, graded=True, reason=None, model="assets/models/code",
+    checkpoint="assets/adapters/code/lua/flora", rank=4, source="corpus held-out", seed=1, dtype="float32", device="cpu",
+    versions={"python": "3.11", "torch": "2.13"}, command="python -m flora.evaluate code",
+)  # fmt: skip
+ITEM = Item("speech", "cs", "cs_1", None, "dva tři", "assets/clips/cs_1.flac")
+ANSWER = Answer("speech", "cs", "cs_1", "flora", "cs", "dva tři", True, wer=0.0)
+FOR_CODE = Answer("code", "lua", "held-out 17", "base", None, "return 1\u2028\x85\nend", None, outcome="not graded")
+
+
+def score(language, method, value, adapter=None, **changes):
+    own = None if method == "base" else language
+    ends = {} if value is None else {"low": value - 0.05, "high": value + 0.05}
+    return replace(SCORE, language=language, method=method, adapter=adapter or own, value=value, **(ends | changes))
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_line_has_the_agreed_fields_in_their_order():
+    assert list(json.loads(to_line(SCORE))) == (
+        "kind task language method adapter metric value low high confidence items samples temperature graded reason model checkpoint "
+        "rank source seed dtype device versions command"
+    ).split()
+    assert list(json.loads(to_line(ITEM))) == "kind task language item prompt reference clip".split()
+    common = "kind task language item method adapter text passed".split()
+    assert list(json.loads(to_line(ANSWER))) == [*common, "wer"]
+    assert list(json.loads(to_line(FOR_CODE))) == [*common, "outcome"]
+    assert "tři" in to_line(ANSWER), "scripts stay readable"
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    path = tmp_path / "new folder" / "rows.jsonl"
+    written = [SCORE, replace(SCORE, value=None, low=None, high=None, graded=False, reason="swift"), ITEM, ANSWER, FOR_CODE]
+    assert write_rows(path, written) == written == read_rows(path)
+    assert path.read_bytes().count(b"\n") == 5 and path.stat().st_mode & 0o777 == 0o644
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_fields_of_a_later_version_do_no_harm(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**json.loads(to_line(ITEM)), "speaker": "m6"}) + "\n\n")
+    assert read_rows(tmp_path / "rows.jsonl") == [ITEM]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", "7", "null", '{"task": "code"}', '{"kind": "other"}', '{"kind": "item", "task": "code"}', '{"kind": ["score"]}', "[" * 9999],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(to_line(ITEM) + "\n" + line + "\n")
+    with pytest.raises(EvaluationError, match="rows.jsonl, line 2 is not a row") as caught:
+        read_rows(path)
+    assert isinstance(caught.value, FloraError) and str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(EvaluationError, match="rows.jsonl cannot be read"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("step", ["replace", "fsync"])
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch, step):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [ITEM])
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(rows.os, step, full)
+    with pytest.raises(EvaluationError, match="No space left on device"):
+        write_rows(path, [SCORE])
+    assert read_rows(path) == [ITEM] and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(EvaluationError, match="rows.jsonl cannot be written"):
+        write_rows(tmp_path / "file" / "rows.jsonl", [ITEM])
+
+
+# ---------------------------------------------------------------------------------------------------------------- merge
+
+
+def test_rows_done_again_take_the_place_of_the_old_ones(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    old = [score("lua", "base", 0.3), score("lua", "flora", 0.7), score("rb", "flora", 0.6), score("lua", "flora", 0.1, adapter="rb")]
+    write_rows(path, old)
+    again, new = replace(old[1], value=0.9, seed=2), score("rb", "lora", 0.5)
+    merged = write_rows(path, [again, new], merge=True)
+    assert merged == [old[0], again, old[2], old[3], new] == read_rows(path)
+    assert write_rows(tmp_path / "new.jsonl", [new], merge=True) == [new]
+    assert write_rows(path, [new]) == [new], "without merge, the file is what was given"
+
+
+@pytest.mark.parametrize(
+    "change", [{"task": "speech"}, {"language": "d"}, {"method": "lora"}, {"adapter": "rb"}, {"metric": "pass@10"}]
+)
+def test_what_makes_a_score_another_one(change):
+    assert merge_rows([SCORE], [replace(SCORE, **change)]) == [SCORE, replace(SCORE, **change)]
+
+
+def test_answers_to_another_problem_of_the_same_name_are_dropped():
+    old = [ITEM, ANSWER, replace(ANSWER, method="base", adapter=None), replace(ANSWER, item="cs_2")]
+    same = merge_rows(old, [ITEM, replace(ANSWER, text="dva")])
+    assert same == [ITEM, replace(ANSWER, text="dva"), old[2], old[3]]
+    other = replace(ITEM, reference="tři")
+    assert merge_rows(old, [other, replace(ANSWER, text="tři")]) == [other, replace(ANSWER, text="tři"), old[3]]
+
+
+# ---------------------------------------------------------------------------------------------------------- environment
+
+
+def test_the_environment_of_an_engine(tiny_engines):
+    facts = environment(tiny_engines["speech"], "jiwer")
+    assert (facts["dtype"], facts["device"]) == ("float32", "cpu")
+    assert set(facts["versions"]) == {"python", "torch", "transformers", "peft", "jiwer"}
+
+
+def test_no_folder_of_this_machine_is_recorded(tmp_path, monkeypatch):
+    inside = rows.PROJECT / "assets" / "models"
+    assert public_name(inside) == "assets/models" and public_name("openai/whisper-tiny") == "openai/whisper-tiny"
+    assert public_name(tmp_path / "own" / "model") == "own/model" and public_name("../own/model") == "own/model"
+    monkeypatch.chdir(tmp_path)
+    assert public_name(tmp_path / "a" / "b" / "c") == "a/b/c"
+    elsewhere = str(Path(tmp_path.anchor, "secret", "own", "clips"))
+    line = command_line(["speech", "--data", f"cs={elsewhere}", "--model", elsewhere, "--adapter", "cs/lora=runs/a b", "--seed", "3"])
+    assert "secret" not in line and "cs=own/clips" in line and line.startswith("python -m flora.evaluate speech ")
+    assert line.endswith("--model own/clips --adapter 'cs/lora=runs/a b' --seed 3")
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_table_has_its_columns_aligned():
+    lines = text_table(["tag", "value"], [["lua", "7.0"], ["r", "100.25"]]).split("\n")
+    assert lines == ["tag   value", "---  ------", "lua     7.0", "r    100.25"]
+    assert text_table(["alone"], []).split("\n") == ["alone", "-----"]
+
+
+def test_scores_stand_by_language_and_method_with_their_interval_and_mean():
+    scores = [
+        score("lua", "flora", 0.8),
+        score("lua", "base", 0.4),
+        score("rb", "base", 0.2),
+        score("rb", "flora", 0.6),
+        score("rb", "flora", 0.1, adapter="lua"),
+        score("swift", "base", None, graded=False, low=None, high=None, reason="swift is not installed"),
+        score("swift", "flora", None, graded=False, low=None, high=None, reason="swift is not installed"),
+        score("d", "base", 0.5, low=None, high=None),
+        score("lua", "base", 0.99, metric="pass@10"),
+    ]
+    table = score_table(scores, "pass@1").split("\n")
+    cells = [line.split() for line in table]
+    assert cells[0] == ["pass@1", "base", "flora"], "the methods' own order"
+    assert cells[2] == "lua 40.0 % [35.0, 45.0] 80.0 % [75.0, 85.0]".split()
+    assert cells[4] == "swift not graded not graded".split()
+    assert cells[5] == "d 50.0 % –".split()
+    assert cells[6] == "mean of 2 30.0 % 70.0 %".split(), "over the languages that every method has"
+    assert score_table(scores, "WER") == ""
+
+
+def test_the_wrong_adapters_stand_in_a_table_of_their_own():
+    scores = [score("lua", "flora", 0.8), score("rb", "flora", 0.6), score("rb", "flora", 0.1, adapter="lua"), score("rb", "lora", 0.9)]
+    table = [line.split() for line in confusion_table(scores, "pass@1").split("\n")]
+    assert table[0] == ["pass@1", "%,", "flora", "lua's", "rb's"]
+    assert table[2:] == [["lua", "80.0", "–"], ["rb", "10.0", "60.0"]]
+    assert confusion_table(scores[:2], "pass@1") == "" == confusion_table(scores, "WER")
+
+
+def test_a_promise_is_met_or_not_or_was_not_measured():
+    table = target_table([Target("a", "1 %", True), Target("b", "2 %", False), Target("c", None, None)]).split("\n")
+    assert [line.split()[-1] for line in table[2:]] == ["met", "MET", "measured"]
+    assert "NOT MET" in table[3] and "not measured" in table[4]
