@@ -49,10 +49,13 @@ def score(language, method, value, adapter=None, **changes):
 
 
 def test_a_line_has_the_agreed_fields_in_their_order():
-    assert list(json.loads(to_line(SCORE))) == (
-        "kind task language method adapter metric value low high confidence items samples temperature graded reason model checkpoint "
-        "rank source seed dtype device versions command"
-    ).split()
+    assert (
+        list(json.loads(to_line(SCORE)))
+        == (
+            "kind task language method adapter metric value low high confidence items samples temperature graded reason model "
+            "checkpoint rank source seed dtype device versions command"
+        ).split()
+    )
     assert list(json.loads(to_line(ITEM))) == "kind task language item prompt reference clip".split()
     common = "kind task language item method adapter text passed".split()
     assert list(json.loads(to_line(ANSWER))) == [*common, "wer"]
@@ -75,7 +78,17 @@ def test_fields_of_a_later_version_do_no_harm(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "[]", "7", "null", '{"task": "code"}', '{"kind": "other"}', '{"kind": "item", "task": "code"}', '{"kind": ["score"]}', "[" * 9999],
+    [
+        "{",
+        "[]",
+        "7",
+        "null",
+        '{"task": "code"}',
+        '{"kind": "other"}',
+        '{"kind": "item", "task": "code"}',
+        '{"kind": ["score"]}',
+        "[" * 9999,
+    ],
 )
 def test_a_line_that_is_no_row_is_named(tmp_path, line):
     path = tmp_path / "rows.jsonl"
@@ -118,7 +131,12 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
 
 def test_rows_done_again_take_the_place_of_the_old_ones(tmp_path):
     path = tmp_path / "rows.jsonl"
-    old = [score("lua", "base", 0.3), score("lua", "flora", 0.7), score("rb", "flora", 0.6), score("lua", "flora", 0.1, adapter="rb")]
+    old = [
+        score("lua", "base", 0.3),
+        score("lua", "flora", 0.7),
+        score("rb", "flora", 0.6),
+        score("lua", "flora", 0.1, adapter="rb"),
+    ]
     write_rows(path, old)
     again, new = replace(old[1], value=0.9, seed=2), score("rb", "lora", 0.5)
     merged = write_rows(path, [again, new], merge=True)
@@ -158,7 +176,9 @@ def test_no_folder_of_this_machine_is_recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert public_name(tmp_path / "a" / "b" / "c") == "a/b/c"
     elsewhere = str(Path(tmp_path.anchor, "secret", "own", "clips"))
-    line = command_line(["speech", "--data", f"cs={elsewhere}", "--model", elsewhere, "--adapter", "cs/lora=runs/a b", "--seed", "3"])
+    line = command_line(
+        ["speech", "--data", f"cs={elsewhere}", "--model", elsewhere, "--adapter", "cs/lora=runs/a b", "--seed", "3"]
+    )
     assert "secret" not in line and "cs=own/clips" in line and line.startswith("python -m flora.evaluate speech ")
     assert line.endswith("--model own/clips --adapter 'cs/lora=runs/a b' --seed 3")
 
@@ -195,7 +215,12 @@ def test_scores_stand_by_language_and_method_with_their_interval_and_mean():
 
 
 def test_the_wrong_adapters_stand_in_a_table_of_their_own():
-    scores = [score("lua", "flora", 0.8), score("rb", "flora", 0.6), score("rb", "flora", 0.1, adapter="lua"), score("rb", "lora", 0.9)]
+    scores = [
+        score("lua", "flora", 0.8),
+        score("rb", "flora", 0.6),
+        score("rb", "flora", 0.1, adapter="lua"),
+        score("rb", "lora", 0.9),
+    ]
     table = [line.split() for line in confusion_table(scores, "pass@1").split("\n")]
     assert table[0] == ["pass@1", "%,", "flora", "lua's", "rb's"]
     assert table[2:] == [["lua", "80.0", "–"], ["rb", "10.0", "60.0"]]
