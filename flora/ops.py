@@ -226,7 +226,7 @@ def flora(
 def merge_flora(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """weight ∘ (Bᵀ A) of one adapter, in the weight's dtype: weight (d_out, d_in), A (r, d_in), B (r, d_out).
 
-    Bᵀ A keeps the factors' precision, under autocast too: it lies around one, where bfloat16 knows steps of a percent.
+    Bᵀ A keeps the factors' precision, under autocast too: it lies around one, where bfloat16 has steps of a percent.
     """
     with torch.autocast(weight.device.type, enabled=False):
         modulation = B.T @ A

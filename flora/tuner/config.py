@@ -11,11 +11,11 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from torch import Tensor
 
 from flora.errors import AdapterError
-from flora.tuner.registration import FLORA
+from flora.tuner.registration import NAME
 
 DEFAULT_STD = {"identity": 1.0, "noise": 0.1, "ones": 0.0}
 """init → the standard deviation of its random part; what did best in PAPER.md's trial of each."""
@@ -54,7 +54,7 @@ class FloraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = FLORA
+        self.peft_type = PeftType(NAME)
         for name, rank in {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}.items():
             if not isinstance(rank, int) or rank < 1:
                 raise AdapterError(f"rank {rank!r} is not possible: {name} must be a whole number, at least 1")

@@ -15,7 +15,7 @@ from flora import ops
 from flora.errors import RequestError
 from flora.layers import features_of, is_black_box, product_of, weight_of
 from flora.tuner.config import FloraConfig, initial_factors
-from flora.tuner.quantised import Stored, plain_weight, restore_weight, store_weight, stored_weight, unpack
+from flora.tuner.quantised import Stored, keep_trainable, plain_weight, restore_weight, store_weight, stored_weight
 
 BASE_ROW = "__base__"
 """PEFT's name, among `adapter_names`, for a row that no adapter serves."""
@@ -34,6 +34,7 @@ class FloraLinear(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: FloraConfig, rank: int) -> None:
         super().__init__()
+        keep_trainable(base_layer)
         self.base_layer = base_layer
         self.in_features, self.out_features = features_of(base_layer)
         self.flora_A = nn.ParameterDict()  # adapter → (r, d_in)
@@ -108,8 +109,6 @@ class FloraLinear(nn.Module, BaseTunerLayer):
     def _serve(self, x: Tensor, A: Tensor, B: Tensor, routing: ops.Routing) -> Tensor:
         base = self.base_layer
         if is_black_box(base):
-            if torch.is_grad_enabled():
-                unpack(base)
             return ops.expand_around(partial(product_of, base), x, A, B, routing, base.bias)
         return ops.flora(x, weight_of(base), A, B, routing.slots, base.bias, routing)
 

@@ -66,7 +66,7 @@ class FloraModel(BaseTuner):
             yield
             return
         self._check_adapter_names(adapter_names)
-        copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+        copies = _copies_of_a_row(kwargs)
         repeated = [name for name in adapter_names for _ in range(copies)]
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         # `generate` repeats each row for its beams, behind the encoder only. A model without an encoder may call itself one.
@@ -89,6 +89,13 @@ class FloraModel(BaseTuner):
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE_ROW})
         if unknown:
             raise UnknownAdapterError(f"unknown adapters {', '.join(unknown)}; loaded: {', '.join(self.peft_config)}")
+
+
+def _copies_of_a_row(arguments: dict[str, Any]) -> int:
+    """How often `generate` repeats every row, by its arguments, its generation_config among them."""
+    config = arguments.get("generation_config")
+    asked = {name: arguments.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")}
+    return max(number or 1 for number in asked.values())
 
 
 def _with_adapter_names(

@@ -48,7 +48,6 @@ def plain_weight(layer: nn.Module) -> Tensor:
     kind = get_bnb_param_type(layer.weight)
     if not kind:
         return weight_of(layer)
-    unpack(layer)
     if kind == "8bit":
         layer.state.SCB = _int8_scales(layer)
     return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
@@ -76,10 +75,21 @@ def store_weight(layer: nn.Module, weight: Tensor) -> None:
         ).to(old.device)
 
 
-def unpack(layer: nn.Module) -> None:
-    """Undo the layout that a 4-bit layer gives its weight for inference on a CPU, which has no gradient and cannot be read back."""
-    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
-        layer.state_dict()  # unpacks as it saves; the function that does it is private
+def keep_trainable(layer: nn.Module) -> None:
+    """Make a 4-bit layer stay in the layout that has a gradient and can be read back.
+
+    On a CPU with AVX512-BF16, bitsandbytes gives it another one at its first forward in evaluation, rounds its scales to bfloat16,
+    and from then on nothing can be trained through it.
+    """
+    if get_bnb_param_type(layer.weight) != "4bit":
+        return
+    layer.support_avx512bf16_for_cpu = False
+    state = layer.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        layer.state_dict()  # unpacks as it saves
+        state = layer.weight.quant_state
+        if state.absmax.ndim == 2:  # scales that are not quantised themselves are left in the other layout
+            state.absmax = state.absmax.T.flatten().float()
 
 
 def _int8_scales(layer: nn.Module) -> Tensor:
