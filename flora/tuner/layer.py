@@ -83,8 +83,10 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         if self.merged or not active:
             return self.base_layer(x)
         A, B = self.factors(active)
-        rows = x.reshape(1, -1, self.in_features)  # to the op, one row of many tokens: all have the same adapter
-        return self._serve(rows, A[None], B[None], _routing((0,), (A.shape[0],), A.shape[0], x.device)).reshape(*x.shape[:-1], -1)
+        # To the op, one row of many tokens: all have the same adapter.
+        rows = x.reshape(1, x.shape[:-1].numel(), self.in_features)
+        y = self._serve(rows, A[None], B[None], _routing((0,), (A.shape[0],), A.shape[0], x.device))
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def _forward_mixed(self, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
         if self.merged:
@@ -103,8 +105,9 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         slot_of = {name: slot for slot, name in enumerate(names, start=1)}
         slots = tuple(slot_of.get(name, 0) for name in adapter_names)
         ranks = (0, *(self.r[name] for name in names))
-        rows = x.reshape(x.shape[0], -1, self.in_features)
-        return self._serve(rows, A, B, _routing(slots, ranks, A.shape[1], x.device)).reshape(*x.shape[:-1], -1)
+        rows = x.reshape(x.shape[0], x.shape[1:-1].numel(), self.in_features)
+        y = self._serve(rows, A, B, _routing(slots, ranks, A.shape[1], x.device))
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def _serve(self, x: Tensor, A: Tensor, B: Tensor, routing: ops.Routing) -> Tensor:
         base = self.base_layer
