@@ -481,7 +481,7 @@ def main(options: argparse.Namespace) -> int:
     base = "base" in options.methods
 
     sources = _sources(options)
-    checkpoints = _checkpoints(options, list(sources), confusion)
+    checkpoints, missing = _checkpoints(options, list(sources), confusion)
     if not base and not checkpoints:
         raise EvaluationError(f"nothing to evaluate: there is no adapter of {', '.join(sources)} by {', '.join(options.methods)}")
     model = options.model or shipped_model("speech")
@@ -497,6 +497,8 @@ def main(options: argparse.Namespace) -> int:
         raise ModelError(f"--model names the code model {engine.name!r}: give a Whisper model")
 
     clips = _clips(options, sources, engine.window_s)
+    if missing:
+        print(f"left out, since there is no such adapter: {', '.join(missing)}", file=sys.stderr)
     tallies = measure(engine, clips, checkpoints, base, confusion, options.max_new_tokens)
     for sentence in (sentence for part in clips.values() for sentence in part.skipped):
         print(f"left out: {sentence}", file=sys.stderr)
@@ -536,25 +538,24 @@ def _sources(options: argparse.Namespace) -> dict[str, tuple[str, str]]:
     return sources
 
 
-def _checkpoints(options: argparse.Namespace, languages: Sequence[str], confusion: int) -> list[Checkpoint]:
-    """The adapters to judge on `languages`, and with `confusion` the fLoRA adapters of others; what is missing is said."""
+def _checkpoints(options: argparse.Namespace, languages: Sequence[str], confusion: int) -> tuple[list[Checkpoint], list[str]]:
+    """The adapters to judge on `languages`, with `confusion` the fLoRA adapters of others too; the names of what is missing."""
+    missing: list[str] = []
     if options.adapter:
         checkpoints = [checkpoint for checkpoint in given_checkpoints(options.adapter) if checkpoint.method in options.methods]
     elif options.model and not options.adapters:
-        return []
+        return [], []
     else:
         folder = options.adapters or shipped_adapters("speech")
         if not folder.is_dir():
             raise AdapterError(f"there is no folder {folder.name!r}: give one that holds adapters as TAG/METHOD")
         checkpoints, missing = find_checkpoints(folder, dict.fromkeys([*languages, *TAGS]), options.methods)
         missing = [name for name in missing if name.partition("/")[0] in languages]
-        if missing:
-            print(f"left out, since there is no such adapter: {', '.join(missing)}", file=sys.stderr)
     used = [c for c in checkpoints if c.language in languages or (confusion and c.method == "flora")]
     if options.adapter and len(used) < len(checkpoints):
         idle = next(checkpoint for checkpoint in checkpoints if checkpoint not in used)
         raise EvaluationError(f"adapter {idle.name} has no clips: give some with --data {idle.language}=FOLDER")
-    return used
+    return used, missing
 
 
 def _clips(options: argparse.Namespace, sources: Mapping[str, tuple[str, str]], window_s: float) -> dict[str, Clips]:
