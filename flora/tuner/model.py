@@ -66,22 +66,18 @@ class FloraModel(BaseTuner):
             yield
             return
         self._check_adapter_names(adapter_names)
-        copies = _copies_of_a_row(kwargs)
-        repeated = [name for name in adapter_names for _ in range(copies)]
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        # `generate` repeats each row for its beams, behind the encoder only. A model without an encoder may call itself one.
-        once = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        with_names = partial(_with_adapter_names, list(adapter_names), _copies_of_a_row(kwargs))
         with ExitStack() as hooks:
             for module in self.model.modules():
                 if isinstance(module, FloraLinear | AuxiliaryTrainingWrapper):
-                    names = adapter_names if module in once else repeated
-                    handle = module.register_forward_pre_hook(partial(_with_adapter_names, names), with_kwargs=True)
-                    hooks.callback(handle.remove)
+                    hooks.callback(module.register_forward_pre_hook(with_names, with_kwargs=True).remove)
             yield
 
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
         if isinstance(adapter_names, str):
             raise RequestError(f"adapter_names is {adapter_names!r}: give a list with one name per row")
+        if not adapter_names:
+            raise RequestError("adapter_names is empty: give a list with one name per row")
         if self.training:
             raise RequestError(
                 "adapter_names serves mixed batches in evaluation only: call eval() first, or train with set_adapter"
@@ -91,14 +87,21 @@ class FloraModel(BaseTuner):
             raise UnknownAdapterError(f"unknown adapters {', '.join(unknown)}; loaded: {', '.join(self.peft_config)}")
 
 
-def _copies_of_a_row(arguments: dict[str, Any]) -> int:
-    """How often `generate` repeats every row, by its arguments, its generation_config among them."""
+def _copies_of_a_row(arguments: dict[str, Any]) -> set[int]:
+    """How often `generate` may repeat every row, by its arguments, its generation_config among them.
+
+    Before an encoder it repeats none, Whisper each for its sequences; before a decoder each for its beams, or for its sequences.
+    """
     config = arguments.get("generation_config")
-    asked = {name: arguments.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")}
-    return max(number or 1 for number in asked.values())
+    beams, sequences = (arguments.get(name, getattr(config, name, None)) or 1 for name in ("num_beams", "num_return_sequences"))
+    return {1, beams, sequences, beams * sequences}
 
 
 def _with_adapter_names(
-    adapter_names: Sequence[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    adapter_names: list[str], copies: set[int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A module's arguments with the names of its rows, which stand in the batch's order, the copies of a row side by side."""
+    times, rest = divmod(args[0].shape[0], len(adapter_names)) if args else (1, 0)
+    if rest == 0 and times in copies:
+        adapter_names = [name for name in adapter_names for _ in range(times)]
     return args, {**kwargs, "adapter_names": adapter_names}
