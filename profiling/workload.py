@@ -29,16 +29,19 @@ _ROW_FIELDS = {"prompt": str, "audio": str, "adapter": str, "max_new_tokens": in
 
 
 def discover_adapters(folder: str | os.PathLike) -> dict[str, list[Path]]:
-    """The adapters on disk, tag → checkpoint folders: `folder`/<tag>/<family>/, or `folder`/<tag>/ where that is a
+    """The adapters on disk, tag → checkpoint folders: `folder`/<tag>/<method>/, or `folder`/<tag>/ where that is a
     checkpoint itself.
 
-    A checkpoint folder is one that holds an adapter_config.json. Empty where `folder` does not exist.
+    A checkpoint folder is one that holds an adapter_config.json. A tag has one adapter of each family, and IA3 is of
+    fLoRA's: beside a fLoRA adapter it is left out. Empty where `folder` does not exist.
     """
     folder = Path(folder)
     found: dict[str, list[Path]] = {}
     for tag in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ():
         candidates = [tag, *sorted(path for path in tag.iterdir() if path.is_dir())]
         checkpoints = [path for path in candidates if (path / "adapter_config.json").is_file()]
+        if tag / "flora" in checkpoints and tag / "ia3" in checkpoints:
+            checkpoints.remove(tag / "ia3")
         if checkpoints:
             found[tag.name] = checkpoints
     return found

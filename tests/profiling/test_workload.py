@@ -33,14 +33,15 @@ def test_the_clips_that_ship_can_all_be_read():
 
 
 def test_adapters_are_found_by_tag_and_family_and_nothing_else_is(tmp_path):
-    for folder in ("lua/flora", "lua/lora", "rb/lora", "own", "empty", "notes/flora"):
+    for folder in ("lua/flora", "lua/ia3", "lua/lora", "rb/lora", "pl/ia3", "own", "empty", "notes/flora"):
         (tmp_path / folder).mkdir(parents=True)
-    for folder in ("lua/flora", "lua/lora", "rb/lora", "own"):
+    for folder in ("lua/flora", "lua/ia3", "lua/lora", "rb/lora", "pl/ia3", "own"):
         (tmp_path / folder / "adapter_config.json").write_text("{}")
     found = workload.discover_adapters(tmp_path)
     assert {tag: [path.relative_to(tmp_path).as_posix() for path in paths] for tag, paths in found.items()} == {
         "lua": ["lua/flora", "lua/lora"],
         "rb": ["rb/lora"],
+        "pl": ["pl/ia3"],
         "own": ["own"],
     }
     assert workload.discover_adapters(tmp_path / "nowhere") == {}
