@@ -418,7 +418,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TAG=ID[:CONFIG[:SPLIT]]",
-        help="clips of a language from a data set of the hub or a folder in its format, streamed; default: TAG, test",
+        help="clips of a language from a data set of the hub or a folder in its format, streamed; CONFIG is by default the TAG, "
+        "of a folder none, SPLIT is test",
     )
     data.add_argument("--languages", nargs="+", metavar="TAG", help=f"of the project's corpus; default: {' '.join(TAGS)}")
     data.add_argument(
@@ -437,7 +438,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an adapter of a language, folder or hub id; may be given many times",
     )
     who.add_argument("--adapters", type=Path, metavar="FOLDER", help="folder of adapters TAG/METHOD; default: those that ship")
-    who.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=" ".join(METHODS))
+    who.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=f"default: {' '.join(METHODS)}"
+    )
     who.add_argument(
         "--confusion",
         type=_at_least(0),

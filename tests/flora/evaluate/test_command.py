@@ -87,6 +87,31 @@ def test_a_report_merges_into_what_is_there(tiny, tmp_path, capsys):
     assert [path.name for path in results.iterdir()] == ["accuracy_speech.jsonl"], "the clips that ship are of other languages"
 
 
+@pytest.mark.parametrize(
+    ("place", "asked"),
+    [
+        ("owner/voice", ("owner/voice", "aa", "test")),  # Common Voice's configurations are its languages
+        ("owner/voice:cs_cz", ("owner/voice", "cs_cz", "test")),
+        ("owner/voice:cs_cz:validation", ("owner/voice", "cs_cz", "validation")),
+        ("owner/voice::validation", ("owner/voice", "aa", "validation")),
+        (".", (".", None, "test")),  # a folder
+    ],
+)
+def test_a_data_set_is_named_with_its_part(checkpoints, folder, place, asked, monkeypatch, capsys):
+    from flora.evaluate import speech
+
+    calls = []
+
+    def recorded(language, name, config, split, window_s, limit):
+        calls.append((name, config, split))
+        return speech.folder_clips(language, folder, window_s, limit)
+
+    monkeypatch.setattr(speech, "dataset_clips", recorded)
+    words = ["speech", "--model", str(checkpoints["speech"].model), "--device", "cpu", "--max-new-tokens", "1"]
+    assert command.main([*words, "--dataset", f"aa={place}", "--clips", "2"]) == 0
+    assert calls == [asked] and "base" in capsys.readouterr().out
+
+
 def test_clips_left_out_are_named(tiny, folder, tmp_path, capsys):
     many = tmp_path / "many"
     many.mkdir()
