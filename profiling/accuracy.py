@@ -100,9 +100,9 @@ PAPER_TABLES = (
     ),
 )
 PAPER_RECIPES = {
-    "code": "trained on The Stack: 1,500 steps, batch 8, 8-bit base, rank 1, Racket and Lua rank 4; "
+    "code": "Trained on The Stack: 1,500 steps, batch 8, 8-bit base, rank 1, Racket and Lua rank 4; "
     "pass@1 from 100 samples at temperature 0.1",
-    "speech": "trained on Common Voice: about 5,000 steps, batch 6, 8-bit base, every fully-connected layer, rank 1, "
+    "speech": "Trained on Common Voice: about 5,000 steps, batch 6, 8-bit base, every fully-connected layer, rank 1, "
     "Marathi rank 4",
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from flora.evaluate.rows import METHODS, Score
@@ -26,17 +27,19 @@ from profiling.accuracy import (
 from profiling.figures import GRID_COLOUR, METHOD_STYLES, TEXT_COLOUR, MethodStyle
 
 ADAPTER_STYLES: dict[str, MethodStyle] = {
-    "base": METHOD_STYLES["base"],
+    "base": replace(METHOD_STYLES["base"], label="base"),
     "ia3": MethodStyle("IA3", "#009E73", "dashdot", "triangle-up"),
-    "lora": MethodStyle("LoRA", METHOD_STYLES["bmm-lora"].colour, METHOD_STYLES["bmm-lora"].dash, METHOD_STYLES["bmm-lora"].symbol),
+    "lora": replace(METHOD_STYLES["bmm-lora"], label="LoRA"),
     "flora": METHOD_STYLES["flora"],
 }
 """How what was trained looks: fLoRA and the base model as everywhere, LoRA as its batched form. No chart shows these beside the
 ways of serving, of which one has IA3's green."""
 
+_MARKS = {"star": "★☆", "triangle-up": "▲△", "square": "■□", "circle": "●○"}
 METRIC_WORDS = {"pass@1": "pass@1", "WER": "word error rate", "WER, normalised": "word error rate, normalised"}
-_SPREAD = 0.66  # of a language's row is used by its dots
-_TOP, _BOTTOM, _LEFT = 62, 40, 84  # margins in pixels, the same in every dot plot: rows of two that stand side by side align
+NARROW_SPACE = "\N{NARROW NO-BREAK SPACE}"  # between a number and its unit
+_SPREAD = 0.6  # of a language's row is used by its dots
+_TOP, _BOTTOM, _LEFT = 28, 40, 84  # margins in pixels, the same in every dot plot: rows of two that stand side by side align
 
 
 class TabledChart(NamedTuple):
@@ -60,7 +63,7 @@ def measured_dots(task: str, scores: Iterable[Score]) -> TabledChart:
     """Each language's own adapters, as they scored here, with their intervals; a language that was not graded says why."""
     metric, scores = METRICS[task][0], [score for score in scores if score.metric == METRICS[task][0]]
     own, missing = own_scores(scores, metric), reasons(scores)
-    tags = languages(task, (language for language, _ in own))
+    tags = languages(task, (language for language, _ in own) if own else paper_tables(task)[0].values)
     dots = {
         place: _Dot(*(None if end is None else 100 * end for end in (score.value, score.low, score.high)), _score_words(score))
         for place, score in own.items()
@@ -88,18 +91,18 @@ def paper_dots(task: str) -> TabledChart:
         dots = {}
         for tag, row in table.values.items():
             for method, value in row.items():
-                words = f"{_name(task, tag)}, {ADAPTER_STYLES[method].label}: {value:.2f} %<br>{table.model}, as printed"
-                dots[tag, method] = _Dot(value, None, None, words)
+                words = f"{_name(task, tag)}, {ADAPTER_STYLES[method].label}: {percent(value / 100, 2)}"
+                dots[tag, method] = _Dot(value, None, None, f"{words}<br>{table.model}, as printed")
         plots.append((table.model, dots))
     highest = max(dot.value for _, dots in plots for dot in dots.values())
     figure = _dot_plot(task, list(tables[0].values), plots, {}, highest, hollow=True)
-    found = "; ".join(
-        f"{table.model}: " + ", ".join(f"{ADAPTER_STYLES[m].label} {paper_mean(table, m):.1f} %" for m in reversed(METHODS))
-        for table in tables
-    )
+    found = []
+    for table in tables:
+        means = (f"{ADAPTER_STYLES[method].label} {percent(paper_mean(table, method) / 100)}" for method in reversed(METHODS))
+        found.append(f"{table.model}: {', '.join(means)}")
     sentence = (
-        f"Mean {METRIC_WORDS[metric]} as the paper printed it, on {tables[0].benchmark}: {found}. The paper prints no intervals. "
-        "Other models and other items than ours: compare how the methods rank, not the numbers."
+        f"Mean {METRIC_WORDS[metric]} as the paper printed it, on {tables[0].benchmark}: {'; '.join(found)}. "
+        "The paper prints no intervals. Other models and other items than ours: compare how the methods rank, not the numbers."
     )
     table = [["model", "benchmark", "language", "method", "metric", "per cent"]]
     table += [
@@ -116,13 +119,18 @@ def models(scores: Iterable[Score]) -> list[str]:
     return list(dict.fromkeys(f"embedded {row.task} model" if row.model.startswith("assets/") else row.model for row in scores))
 
 
+def marks(hollow: bool) -> list[tuple[str, str, str]]:
+    """The legend of a dot plot: (mark, colour, label) of every method."""
+    return [(_MARKS[style.symbol][hollow], style.colour, style.label) for style in ADAPTER_STYLES.values()]
+
+
 def _name(task: str, tag: str) -> str:
     return html.escape(language_name(task, tag))
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """A fraction as "78.3 %"."""
-    return f"{100 * value:.{digits}f} %"
+    """A fraction as "78.3 %", in one piece."""
+    return f"{100 * value:.{digits}f}{NARROW_SPACE}%"
 
 
 def interval(estimate: Estimate, digits: int = 1) -> str:
@@ -147,7 +155,7 @@ def _measured_sentence(task: str, own: Mapping[tuple[str, str], Score], missing:
     found = ", ".join(f"{ADAPTER_STYLES[method].label} {percent(mean(own, method, tags).value)}" for method in methods)
     confidence = max(score.confidence for score in own.values())
     parts = [f"Mean {METRIC_WORDS[metric]} over {len(tags)} languages on items held out of training: {found}"]
-    parts.append(f"bars are {100 * confidence:.0f} % intervals")
+    parts.append(f"bars are {percent(confidence, 0)} intervals")
     if missing:
         parts.append("not graded: " + ", ".join(language_name(task, tag) for tag in missing))
     return "; ".join(parts) + ("; higher is better." if HIGHER_IS_BETTER[task] else "; lower is better.")
@@ -197,14 +205,13 @@ def _dot_plot(
                 "xaxis": f"x{suffix}",
                 "text": [dot.words for _, dot in shown],
                 "hovertemplate": "%{text}<extra></extra>",
+                "cliponaxis": False,  # a mark at the end of the axis is whole
                 "marker": {
                     "color": style.colour,
                     "symbol": style.symbol + ("-open" if hollow else ""),
                     "size": 9 if style.symbol in ("star", "triangle-up") else 8,
                     "line": {"width": 1.6 if hollow else 0},
                 },
-                "legendgroup": method,
-                "showlegend": number == 0,
             }
             if any(dot.low is not None and dot.high is not None for _, dot in shown):
                 trace["error_x"] = {
@@ -228,8 +235,9 @@ def _dot_plot(
         "plot_bgcolor": "rgba(0, 0, 0, 0)",
         "font": {"color": TEXT_COLOUR, "size": 13},
         "margin": {"l": _LEFT, "r": 12, "t": _TOP, "b": _BOTTOM},
-        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "top", "yref": "container", "traceorder": "normal"},
+        "showlegend": False,  # `marks` says it beside the chart, where it takes one line on a phone too
         "hovermode": "closest",
+        "hoverlabel": {"align": "left"},
         "yaxis": {
             "range": [max(1, len(tags)) - 0.5, -0.5],
             "tickmode": "array",
@@ -249,7 +257,7 @@ def _dot_plot(
 
 def _x_axis(task: str, domain: tuple[float, float], highest: float) -> dict:
     metric = METRICS[task][0]
-    margin = 0.02 * highest  # so that a dot at either end is whole
+    margin = 0.02 * highest
     return {
         "domain": [round(end, 4) for end in domain],
         "anchor": "y",

@@ -260,7 +260,7 @@ def html_page(result: ComparisonResult) -> str:
         drawn.append(
             f'<h2>{title}</h2><p class="soft">{sentence}</p><div id="chart-{number}" role="img" aria-label="{sentence}"></div>'
         )
-        figure = _script_json({**chart.figure, "config": {"responsive": True, "displaylogo": False}})
+        figure = _script_json({**chart.figure, "config": {"responsive": True, "displaylogo": False, "showSendToCloud": False}})
         calls.append(f'Plotly.newPlot("chart-{number}", {figure});')
     failed = "".join(
         f"<p>Request {index + 1} was left out: {html.escape(message)}</p>" for index, message in result.failures.items()

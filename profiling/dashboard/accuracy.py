@@ -19,7 +19,7 @@ from profiling.dashboard.live_plot import LivePlot, plot_value
 from profiling.dashboard.results import REPRODUCE_TEMPLATE
 
 _TASKS = {"Code": "code", "Speech": "speech"}
-_CHART_PX = 400
+_CHART_PX = 380
 _DOWNLOADS = ("scores JSONL", "scores CSV", "answers JSONL")
 _QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 

@@ -9,7 +9,7 @@ from typing import Any
 from flora.evaluate.rows import METHODS, Answer, Item, Score
 from profiling import accuracy
 from profiling.accuracy import HIGHER_IS_BETTER, METRICS, Estimate, Recorded, language_name
-from profiling.accuracy_figures import ADAPTER_STYLES, METRIC_WORDS, interval, models, percent
+from profiling.accuracy_figures import ADAPTER_STYLES, METRIC_WORDS, interval, marks, models, percent
 from profiling.dashboard.code_html import highlighted, marked_transcript, transcript
 from profiling.dashboard.live_cells import cells_value
 
@@ -46,7 +46,7 @@ def headings(recorded: Recorded) -> dict[str, Any]:
     task, scores = recorded.task, recorded.scores
     measured = f"measured here: {' + '.join(models(scores)) or f'embedded {task} model'}"
     if scores:
-        measured += f", {_items_words(scores)} held-out items a language"
+        measured += f", {_items_words(accuracy.own_scores(scores, METRICS[task][0]).values())} held-out items a language"
     tables = accuracy.paper_tables(task)
     printed = f"printed in the paper: {' and '.join(table.model for table in tables)}, {tables[0].benchmark}"
     return cells_value(
@@ -112,7 +112,7 @@ def _means_table(recorded: Recorded) -> str:
     for method in METHODS:
         cells = "".join(f"<td>{_mean_cell(own[metric], method, tags[metric])}</td>" for metric in metrics)
         for place, table in enumerate(tables):
-            cells += f"<td{_border(place)}>{accuracy.paper_mean(table, method):.1f} %</td>"
+            cells += f"<td{_border(place)}>{percent(accuracy.paper_mean(table, method) / 100)}</td>"
         body += f'<tr><th scope="row">{method_label(method)}</th>{cells}</tr>'
     head = f'<tr><th rowspan="2" scope="col">method</th>{groups}</tr><tr>{columns}</tr>'
     return f'<table class="figures means"><thead>{head}</thead><tbody>{body}</tbody></table>'
@@ -144,7 +144,8 @@ def _facts(recorded: Recorded, tags: Sequence[str]) -> str:
         parts.append(f"means over {len(tags)} languages, each counted the same")
     if missing := accuracy.reasons(scores):
         parts.append("not graded: " + ", ".join(f"{language_name(task, tag)} ({reason})" for tag, reason in missing.items()))
-    parts.append(f"{100 * scores[0].confidence:.0f} % intervals, a mean's combined from its languages'")
+    confidence = percent(scores[0].confidence, 0)
+    parts.append(f"{confidence} intervals, a mean's combined from its languages', the difference's as if its two were independent")
     samples, temperatures = _spread(score.samples for score in scores), _spread(score.temperature for score in scores)
     parts.append(f"{samples} answer{'' if samples == '1' else 's'} an item at temperature {temperatures}")
     ranks = {method: _spread(score.rank for score in scores if score.method == method and score.rank) for method in METHODS}
@@ -224,7 +225,8 @@ def _matrix_sentence(cells: Mapping[tuple[str, str | None], Score], task: str, l
         return shown
     won = f"The right adapter, outlined, beats every wrong one in {best} of {len(rights)} languages"
     right, wrong = percent(sum(rights) / len(rights)), percent(sum(wrongs) / len(wrongs))
-    return f"{shown} {won}: {right} {METRICS[task][0]} on average, {wrong} with a wrong one."
+    items = _spread(score.items for (language, adapter), score in cells.items() if adapter not in (None, language))
+    return f"{shown} {won}: {right} {METRICS[task][0]} on average, {wrong} with a wrong one, on {items} items of each language."
 
 
 # ---------------------------------------------------------------------------------------------------------------- items
@@ -308,9 +310,17 @@ HEADLINE_TEMPLATE = (
     '<div class="facts" data-cell="facts"></div></div>'
 )
 
-MEASURED_TEMPLATE = '<h2 class="panel-title"><span class="filled-sign"></span><span data-cell="measured"></span></h2>'
 
-PRINTED_TEMPLATE = '<h2 class="panel-title"><span class="hollow-sign"></span><span data-cell="printed"></span></h2>'
+def _heading_template(cell: str, hollow: bool) -> str:
+    legend = "".join(
+        f'<li><span style="color: {colour}" aria-hidden="true">{mark}</span> {html.escape(label)}</li>'
+        for mark, colour, label in marks(hollow)
+    )
+    return f'<h2 class="panel-title" data-cell="{cell}"></h2><ul class="marks" aria-label="marks in the chart">{legend}</ul>'
+
+
+MEASURED_TEMPLATE = _heading_template("measured", hollow=False)
+PRINTED_TEMPLATE = _heading_template("printed", hollow=True)
 
 RECIPE_TEMPLATE = '<p class="recipe" data-cell="recipe"></p>'
 

@@ -32,7 +32,7 @@ const themed = (layout) => {
     paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', autosize: true,
     font: { family: style.fontFamily, size: 11, color: ink },
     legend: { font: { color: ink } },
-    hoverlabel: { bgcolor: panel, bordercolor: grid, font: { color: ink } },
+    hoverlabel: { bgcolor: panel, bordercolor: grid, font: { family: style.fontFamily, color: ink } },
     modebar: { color: muted, activecolor: ink, bgcolor: 'rgba(0,0,0,0)' },
     ...axes,
   });
@@ -54,10 +54,12 @@ const zoomed = (layout) => {
   if (zoom.revision !== layout.uirevision) zoom = { revision: layout.uirevision, ranges: {} };
   return merge(layout, Object.fromEntries(Object.entries(zoom.ranges).map(([axis, range]) => [axis, { range: [...range] }])));
 };
-const config = (plotly) => ({
-  displaylogo: false, responsive: true, displayModeBar: 'hover', doubleClick: false,
+// Plotly's own button to share a chart would send its data to another host. Where no axis can be zoomed there is nothing to undo.
+const config = (plotly, layout) => ({
+  displaylogo: false, responsive: true, displayModeBar: 'hover', doubleClick: false, showSendToCloud: false,
   modeBarButtonsToRemove: ['lasso2d', 'select2d', 'autoScale2d', 'zoomIn2d', 'zoomOut2d', 'resetScale2d'],
-  modeBarButtonsToAdd: [{ name: 'whole', title: 'Show the whole run', icon: plotly.Icons.home, click: forgetZoom }],
+  modeBarButtonsToAdd: layout.xaxis && layout.xaxis.fixedrange ? []
+    : [{ name: 'whole', title: 'Show the whole run', icon: plotly.Icons.home, click: forgetZoom }],
 });
 let listening = false;
 let dragging = false;
@@ -73,7 +75,7 @@ const draw = async () => {
     if (figure !== props.value || dragging) return;
     // Plotly writes into what it is given: hand it a copy, gradio compares the original with the next value.
     const { data, layout } = JSON.parse(JSON.stringify(figure));
-    await plotly.react(host, data, zoomed(themed(layout)), config(plotly));
+    await plotly.react(host, data, zoomed(themed(layout)), config(plotly, layout));
     if (!listening) {
       listening = true;
       host.on('plotly_relayout', keepZoom);
