@@ -7,7 +7,6 @@ python app.py --code-model bigcode/starcoderbase-1b --code-adapters lua=path/to/
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -134,7 +133,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve; 0 when stopped, 2 with one line on stderr for bad input."""
     command_line = parser()
     options = command_line.parse_args(arguments)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported it advises to install what this app does not use
     # Heavy imports wait until the command line is known to be good: --help and a mistyped option answer at once.
     from flora.errors import FloraError
 

@@ -5,8 +5,14 @@ engine = Engine.from_pretrained("assets/models/code", adapters={"lua": ["assets/
 engine.generate([Request(prompt="-- Return the sum of a list\\nlocal function total(xs)\\n", adapter="lua")])
 """
 
-from flora.engine import Completion, Engine, Request
-from flora.errors import (
+import logging
+
+# Where a CPU has bfloat16 products, bitsandbytes advises at its import to install a package that nothing here needs; its other
+# messages stay.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
+
+from flora.engine import Completion, Engine, Request  # noqa: E402
+from flora.errors import (  # noqa: E402
     AdapterError,
     AudioError,
     CheckpointError,
@@ -15,7 +21,7 @@ from flora.errors import (
     RequestError,
     UnknownAdapterError,
 )
-from flora.tuner import FloraConfig
+from flora.tuner import FloraConfig  # noqa: E402
 
 __all__ = [
     "AdapterError",
