@@ -15,14 +15,15 @@ from accuracy_rows import NOT_GRADED, TAGS, code_answers, score, scores, speech_
 from test_dashboard import HOSTILE, Text, keys
 from test_figures import luminance
 
+import app
 from flora.evaluate.rows import METHODS, Answer, Item, write_rows
 from profiling import accuracy, report, workload
 from profiling.accuracy import Estimate, Recorded, mean, own_scores, read_recorded
 from profiling.accuracy_figures import ADAPTER_STYLES, marks, measured_dots, paper_dots, percent
 from profiling.dashboard import accuracy as tab
 from profiling.dashboard import accuracy_views as views
+from profiling.dashboard import page
 from profiling.dashboard.code_html import marked_transcript
-from profiling.dashboard.page import build
 from profiling.dashboard.results import REPRODUCE_TEMPLATE
 
 TASKS = accuracy.TASKS
@@ -210,9 +211,9 @@ def test_every_method_has_a_mark_of_its_own_that_reads_on_both_pages():
     assert len({style.colour for style in styles}) == len({style.symbol for style in styles}) == 4
     assert len({mark for hollow in (False, True) for mark, _, _ in marks(hollow)}) == 8
     for style in styles:
-        for page in ("#ffffff", "#14171a"):
-            light, dark = sorted((luminance(style.colour), luminance(page)), reverse=True)
-            assert (light + 0.05) / (dark + 0.05) >= 3.0, (style.label, page)
+        for background in ("#ffffff", "#14171a"):
+            light, dark = sorted((luminance(style.colour), luminance(background)), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 3.0, (style.label, background)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -492,7 +493,16 @@ def test_the_page_reads_no_results_before_the_tab_is_opened(monkeypatch):
         raise AssertionError("read too early")
 
     monkeypatch.setattr(tab, "read_recorded", refuse)
-    demo = build({}, "nowhere")
+    demo = page.build({}, "nowhere")
     labels = [block.label for block in demo.blocks.values() if type(block).__name__ == "Tab"]
     assert labels == ["Compare", "Accuracy"]
     demo.close(verbose=False)
+
+
+def test_the_app_takes_another_folder_of_results(monkeypatch):
+    given = []
+    monkeypatch.setattr(app, "load_engines", lambda options: {})
+    monkeypatch.setattr(page, "build", lambda engines, folder: given.append(folder))
+    for arguments in (["--results", "elsewhere"], []):
+        app.build_demo(app.parser().parse_args(arguments))
+    assert given == ["elsewhere", None]
