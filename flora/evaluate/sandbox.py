@@ -10,11 +10,14 @@ What each mode guarantees, from the strongest down:
   system's programs and libraries, read-only, and one writable folder that is in memory, bounded, and gone with it; no home, no
   other file of the machine, and no network, not even the machine's own. It has no capabilities and cannot gain any. Run by root, it
   has a user of its own. When it is done, or whoever asked is, every process is killed by the kernel, daemons included.
-- `unsafe`: the limits alone, in a temporary folder, as the same user: the program can read and write what the user can, and reach
-  the network. Its processes are hunted down and killed. Only for programs that are trusted.
+- `unsafe`: the limits alone, in a temporary folder: the program can read and write what its user can, and reach the network. Run by
+  root, it has a user of its own; else it is the user who asks. When it is done, its descendants are stopped and killed. Only for
+  programs that are trusted.
 
-In every mode a program is killed over its limits of wall and CPU time, memory, output, file size and processes. Nothing of a
-program passes through a shell: commands are lists of words, programs are files.
+In every mode a program is killed over its limits of wall and CPU time, memory, output, file size and processes. The kernel counts
+its processes, so that one which starts more and more soon cannot; that does not bind root, and nothing runs as the machine's root.
+A supervisor that finds itself outside of the namespaces it should be in runs nothing, and it signals its own descendants alone.
+Nothing of a program passes through a shell: commands are lists of words, programs are files.
 """
 
 from __future__ import annotations
@@ -52,6 +55,9 @@ SYSTEM += tuple(f"/etc/{name}" for name in ("R", "racket", "perl", "ldc2.conf", 
 
 FIRST_USER, NUM_USERS = 61184, 4335
 """User ids for programs that root runs: those that systemd sets aside for services of a moment, so nobody's files are theirs."""
+
+USERS_OTHER_WORK = 256
+"""Processes that a user may start meanwhile, where the kernel counts them and a program's together."""
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|not enough memory|cannot allocate (memory|vector)|failed to allocate memory|memory allocation (of|failed)"
@@ -141,7 +147,7 @@ class Sandbox:
     def _run(self, work, files, steps, visible, environment) -> Result:
         paths = _visible_paths([sys.base_prefix, sys.base_exec_prefix, str(SUPERVISOR), *map(str, visible)])
         is_root = os.geteuid() == 0
-        user = FIRST_USER + next(self._numbers) % NUM_USERS if is_root and self.mode != "unsafe" else None
+        user = FIRST_USER + next(self._numbers) % NUM_USERS if is_root else None
         command = [os.path.realpath(sys.executable), "-I", "-S", str(SUPERVISOR)]
         home = HOME if self.mode != "unsafe" else "/nonexistent"
         base = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": home, "TMPDIR": work, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"}
@@ -152,9 +158,9 @@ class Sandbox:
             "steps": [asdict(step) for step in steps],
             "user": user,
             "environment": {**base, **(environment or {})},
-            "own_processes": self.mode != "unsafe",
+            "outside": _namespaces(is_root) if self.mode != "unsafe" else None,
             # The kernel counts a user's processes on the whole machine, or since Linux 5.14 in each namespace of users.
-            "counts_processes": user is not None or (self.mode != "unsafe" and _kernel() >= (5, 14)),
+            "processes_beside": 0 if is_root or (self.mode != "unsafe" and _kernel() >= (5, 14)) else _processes_of_user(),
         }
         if self.mode == "bubblewrap":
             command = [*_bubblewrap(paths, is_root), *command]
@@ -169,7 +175,8 @@ def _bubblewrap(paths: Sequence[str], is_root: bool) -> list[str]:
     spaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command = [_tool("bubblewrap"), *spaces, "--die-with-parent", "--new-session"]
     if is_root:  # the supervisor gives the program another user, and watches it
-        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_KILL"]
+        command += ["--cap-drop", "ALL"]
+        command += [word for name in ("SETUID", "SETGID", "KILL", "CHOWN") for word in ("--cap-add", f"CAP_{name}")]
     else:
         command += ["--unshare-user"]
     made = set()
@@ -207,6 +214,24 @@ def _visible_paths(more: Sequence[str]) -> list[str]:
     return found
 
 
+def _namespaces(is_root: bool) -> dict[str, str]:
+    """This process's namespaces, by their names in /proc/self/ns, of those that a program must not share."""
+    names = ("pid", "net", "mnt", "ipc", "uts") + (() if is_root else ("user",))
+    return {name: os.readlink(f"/proc/self/ns/{name}") for name in names}
+
+
+def _processes_of_user() -> int | None:
+    """How many processes and threads the user may come to have without the program; None where that is not known."""
+    if sys.platform != "linux":
+        return None
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            facts = dict(line.split(":", 1) for line in (folder / "status").read_text(errors="replace").splitlines())
+            total += int(facts["Threads"]) if int(facts["Uid"].split()[0]) == os.getuid() else 0
+    return total + USERS_OTHER_WORK
+
+
 def _kernel() -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
 
@@ -227,6 +252,7 @@ def _ask(command: Sequence[str], request: dict, deadline_s: float) -> list[dict]
         message = process.stderr.read()
     finally:
         timer.cancel()
+        timer.join()  # it must not kill once the process's number is free for another
         _kill(process)
         process.wait()
         for pipe in (process.stdin, process.stdout, process.stderr):
@@ -324,20 +350,21 @@ class SandboxFinder:
         with socket.create_server(("127.0.0.1", 0)) as server:
             words = (str(Path.home()), str(server.getsockname()[1]))
             step = Step((os.path.realpath(sys.executable), "-I", "-S", "probe.py", *words))
-            source = PROBE if mode != "unsafe" else "pass"
+            if mode == "unsafe":  # which holds nothing back
+                step = Step(("/bin/sh", "-c", "exit 0"))
             try:
-                result = Sandbox(mode).run({"probe.py": source}, [step])
+                result = Sandbox(mode).run({"probe.py": PROBE}, [step])
             except (EvaluationError, OSError) as error:
                 return without_paths(str(error), WORK)
         return None if result.passed else result.detail or result.outcome
 
     def find(self, unsafe: bool = False) -> Sandbox:
         """The strongest sandbox that works here. EvaluationError where none does, unless `unsafe` allows limits alone."""
-        for mode in ("bubblewrap", "namespaces"):
+        for mode in MODES if unsafe else MODES[:-1]:
             if self.fault(mode) is None:
                 return Sandbox(mode)
         if unsafe:
-            return Sandbox("unsafe")
+            raise EvaluationError(f"generated programs cannot be run here, not even with limits alone: {self.fault('unsafe')}")
         raise EvaluationError(
             f"generated programs cannot be kept apart here (bubblewrap: {self.fault('bubblewrap')}; namespaces: "
             f"{self.fault('namespaces')}): install bubblewrap, or run them with limits alone with --unsafe"

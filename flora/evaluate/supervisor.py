@@ -3,6 +3,9 @@
 `flora.evaluate.sandbox` runs this file by its path, so it imports the standard library alone. One line of JSON comes in on stdin;
 the line "ready" and then one line of JSON go out on stdout. stdin stays open behind its line: its end means that whoever asked is
 gone, and everything is ended.
+
+It harms nothing but what it started. Before anything else it makes sure that it is in namespaces of its own where it should be, and
+that programs do not run as the machine's root. What it signals are its own descendants, each proven to be one, wherever it runs.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import time
 LOOK_S = 0.05  # between two looks at memory and processes
 TAIL_BYTES = 4096  # of each stream that is kept
 
-PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 24, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 36, 38
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_MOVE, MS_REC = 1, 2, 4, 8, 4096, 8192, 16384
 AT_FDCWD, AT_RECURSIVE, MOUNT_SETATTR = -100, 0x8000, 442  # the system call has this number on every architecture
 LAST_CAPABILITY = 63
@@ -32,17 +35,21 @@ _is_linux = sys.platform == "linux"
 
 def main() -> None:
     request = json.loads(sys.stdin.buffer.readline())
+    if (fault := why_not_apart(request["outside"], request["user"])) is not None:
+        sys.exit(fault)
     if request["root"] is not None:
         make_root(**request["root"])
     if _is_linux:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            sys.exit("/proc tells of another namespace's processes")
         _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a daemon leaves behind comes to this process
         _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # same user or not, nobody looks into this process
     os.chdir(request["work"])
-    if request["user"] is not None:
-        os.chmod(".", 0o777)
     for name, text in request["files"].items():
         with open(name, "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(text)
+    if request["user"] is not None:
+        os.chown(".", request["user"], request["user"])
     print("ready", flush=True)
     supervisor = Supervisor(request)
     reports = []
@@ -52,6 +59,20 @@ def main() -> None:
             break
     print(json.dumps(reports), flush=True)
     os._exit(0)  # in a namespace of processes everything else ends with this one or its parent
+
+
+def why_not_apart(outside: dict[str, str] | None, user: int | None) -> str | None:
+    """Why programs must not run here, None where they may.
+
+    outside: the namespaces that this process must not be in, by their names in /proc/self/ns; None where it shares the machine's.
+    user: whom programs run as, None for the user of this process, who must not be the machine's root: limits do not bind it.
+    """
+    for name, link in (outside or {}).items():
+        if os.readlink(f"/proc/self/ns/{name}") == link:
+            return f"it has no {name} namespace of its own"
+    if user == 0 or (user is None and os.geteuid() == 0 and "user" not in (outside or {})):
+        return "root runs no generated programs"
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------- root
@@ -106,8 +127,7 @@ class Supervisor:
     """Runs steps under their limits. Single-threaded: one `select` waits for output, ended processes, the clock and the asker."""
 
     def __init__(self, request: dict) -> None:
-        self.user, self.environment, self.own_processes = request["user"], request["environment"], request["own_processes"]
-        self.counts_processes = request["counts_processes"]
+        self.user, self.environment, self.beside = request["user"], request["environment"], request["processes_beside"]
         self.child, self.ended = 0, None  # the step's first process, and its (status, cpu seconds) once it has ended
         self.wake, wake_end = os.pipe()
         for end in (self.wake, wake_end):
@@ -155,7 +175,7 @@ class Supervisor:
         for stream in (out, err):
             os.close(stream)
         status, cpu_s = self.ended or (-signal.SIGKILL, 0.0)
-        if ended_by is None and cpu_s >= limits["cpu_s"]:
+        if ended_by is None and (cpu_s >= limits["cpu_s"] or status == -signal.SIGXCPU):
             ended_by = "timeout"
         texts = {name: tails[stream].decode("utf-8", "replace") for name, stream in (("stdout", out), ("stderr", err))}
         return {"ended_by": ended_by, "status": status, "cpu_s": cpu_s, **texts}
@@ -175,8 +195,8 @@ class Supervisor:
             _limit(resource.RLIMIT_FSIZE, limits["file_bytes"])
             _limit(resource.RLIMIT_NOFILE, 256)
             _limit(resource.RLIMIT_DATA, limits["memory_bytes"])
-            if self.counts_processes:
-                _limit(resource.RLIMIT_NPROC, limits["processes"])
+            if self.beside is not None:
+                _limit(resource.RLIMIT_NPROC, limits["processes"] + self.beside)
             if _is_linux:
                 for capability in range(LAST_CAPABILITY + 1):
                     _libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
@@ -186,6 +206,7 @@ class Supervisor:
                 os.setresuid(self.user, self.user, self.user)
             if _is_linux:
                 _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+                _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             os.execve(command[0], command, self.environment)
         except OSError as error:
             os.write(2, f"{os.path.basename(command[0])} cannot be started: {error.strerror}\n".encode())
@@ -220,37 +241,88 @@ class Supervisor:
 
     def _over(self, limits: dict) -> str | None:
         """The limit that all processes together are over, if any."""
-        living = self._processes()
+        living, waiting = [], _children_of(os.getpid())
+        while waiting:
+            living += waiting
+            waiting = [child for pid in waiting for child in _children_of(pid)]
         if len(living) > limits["processes"]:
             return "processes"
         return "memory" if sum(map(_memory_of, living)) > limits["memory_bytes"] else None
 
-    def _processes(self) -> list[int]:
-        """Every process of the step: all there are, in a namespace of processes; else the children and theirs, daemons too."""
-        if self.own_processes:
-            reaper = os.getppid()  # bubblewrap's, or 0 in a namespace whose first process this is
-            return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) not in (os.getpid(), reaper)]
-        found, waiting = [], [os.getpid()]
-        while waiting:
-            waiting = [child for pid in waiting for child in _children_of(pid)]
-            found += waiting
-        return found
-
     def _end_all(self) -> None:
-        """Kill until nothing is left, or for five seconds where something will not go."""
-        until = time.monotonic() + 5.0
+        """Kill every descendant, daemons too; give up after five seconds where something will not go.
+
+        They are stopped before they are killed: what is stopped starts nothing and keeps its place under the limit of processes.
+        Once a round finds only what the last one stopped, nothing is left that could start another.
+        """
+        until, number, last = time.monotonic() + 5.0, signal.SIGSTOP, set()
         while time.monotonic() < until:
             self._reap()
-            living = self._processes() if _is_linux else [self.child] if self.ended is None else []
-            if not _is_linux:
+            if _is_linux:
+                found = _signal_descendants(number)
+            else:  # the children of children are not to be had: those of the program's own group must do
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self.child, signal.SIGKILL)
-            if not living:
+                found = {self.child} if self.ended is None else set()
+            if not found:
                 return
-            for pid in living:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.001)
+            if found == last:
+                number = signal.SIGKILL
+            last = found
+            if number == signal.SIGKILL:
+                time.sleep(0.001)
+
+
+def _signal_descendants(number: int) -> set[int]:
+    """Send a signal to each descendant of this process, parents before their children, and return who they are.
+
+    A pid may become another process's at any time, so none is trusted. A child of this process keeps its pid until this process
+    waits for it. A deeper one is held by a file descriptor of the process itself and signalled through that, once it is seen to
+    have a parent that is a descendant. Where it cannot be held it is left until it is a child of this one.
+    """
+    own = os.getpid()
+    handles: dict[int, int | None] = {}
+    waiting = [own]
+    try:
+        while waiting:
+            parent = waiting.pop()
+            for pid in _children_of(parent):
+                if pid in handles:
+                    continue
+                handle = None
+                with contextlib.suppress(OSError):  # ended, too many to hold, or a kernel before 5.3
+                    handle = os.pidfd_open(pid)
+                if parent != own and (handle is None or _parent_of(pid) != parent or not _is_there(handles[parent])):
+                    if handle is not None:
+                        os.close(handle)
+                    continue
+                with contextlib.suppress(OSError):
+                    if parent == own:
+                        os.kill(pid, number)
+                    else:
+                        signal.pidfd_send_signal(handle, number)
+                handles[pid] = handle
+                waiting.append(pid)
+        return set(handles)
+    finally:
+        for handle in filter(None, handles.values()):
+            os.close(handle)
+
+
+def _is_there(handle: int | None) -> bool:
+    """Whether a process has not been waited for, so that its pid is still its own; None: a child of this process."""
+    if handle is None:
+        return True
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(handle, 0)
+        return True
+    return False
+
+
+def _parent_of(pid: int) -> int | None:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
+        return int(stat.read().rpartition(")")[2].split()[1])
+    return None
 
 
 def _limit(which: int, soft: int, hard: int | None = None) -> None:

@@ -213,4 +213,3 @@ def num_processors() -> int:
 
 def _package(name: str | None) -> str:
     return f" (Debian's package: {name})" if name else ""
-
