@@ -9,9 +9,11 @@ import copy
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import tiny_models
 import torch
+from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -438,7 +440,7 @@ def test_mixed_batches_of_every_architecture(name, folders):
 @pytest.mark.parametrize("name", ["code", "speech"])
 def test_generating_with_mixed_rows(name, options, folders):
     """Beams repeat the rows of the decoder only, Whisper's sequences those of the encoder too."""
-    model = adapted(folders[name], name, task_type="SEQ_2_SEQ_LM" if name == "speech" else "CAUSAL_LM")
+    model = adapted(folders[name], name)
     model.add_adapter("second", FloraConfig(r=1, target_modules=list(LAYERS[name])))
     randomise(model, "second", seed=2)
     given = {key: value for key, value in inputs(name).items() if key != "decoder_input_ids"}
@@ -625,19 +627,19 @@ def test_a_quantised_model_from_start_to_server(quantize, wide, tmp_path):
 def test_injected_into_a_model_that_stays_itself(folders, tmp_path):
     adapted(folders["code"], "code").save_pretrained(tmp_path)
     expected = logits(PeftModel.from_pretrained(tiny_models.load_plain(folders["code"]), tmp_path).eval(), "code")
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    model = inject_adapter_in_model(FloraConfig(r=3, target_modules=list(LAYERS["code"])), tiny_models.load_plain(folders["code"]))
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
+    config = FloraConfig(r=3, target_modules=list(LAYERS["code"]))
+    model = inject_adapter_in_model(config, tiny_models.load_plain(folders["code"]))
     set_peft_model_state_dict(model, tensors)
     assert torch.equal(logits(model.eval(), "code"), expected)
-    saved = get_peft_model_state_dict(model)
-    assert all(torch.equal(saved[key.removeprefix("base_model.model.")], tensor) for key, tensor in tensors.items())
-    names = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
-    by_keys = inject_adapter_in_model(
-        FloraConfig(r=3, target_modules=list(LAYERS["code"])), tiny_models.load_plain(folders["code"]), state_dict=names
-    )
+    again = get_peft_model_state_dict(model)
+    assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+    by_keys = inject_adapter_in_model(config, tiny_models.load_plain(folders["code"]), state_dict=tensors)
     assert set(adapted_layers(by_keys)) == set(adapted_layers(model))
 
 
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.20"), reason="transformers' own adapter methods need a newer peft")
 def test_transformers_own_adapter_methods(folders, tmp_path):
     adapted(folders["code"], "code").save_pretrained(tmp_path)
     expected = logits(PeftModel.from_pretrained(tiny_models.load_plain(folders["code"]), tmp_path).eval(), "code")
