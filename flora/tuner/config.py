@@ -45,7 +45,7 @@ class FloraConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers to leave out of target_modules"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices of the blocks to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list that blocks are counted in"})
-    rank_pattern: dict[str, int] = field(
+    rank_pattern: dict[str, int] | None = field(
         default_factory=dict, metadata={"help": "layer name or regular expression → rank, where it is not r"}
     )
     modules_to_save: list[str] | None = field(
@@ -55,6 +55,7 @@ class FloraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(NAME)
+        self.rank_pattern = self.rank_pattern or {}
         for name, rank in {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}.items():
             if not isinstance(rank, int) or rank < 1:
                 raise AdapterError(f"rank {rank!r} is not possible: {name} must be a whole number, at least 1")

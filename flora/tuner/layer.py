@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from flora import ops
-from flora.errors import RequestError
+from flora.errors import AdapterError, RequestError
 from flora.layers import features_of, is_black_box, product_of, weight_of
 from flora.tuner.config import FloraConfig, initial_factors
 from flora.tuner.quantised import Stored, keep_trainable, plain_weight, restore_weight, store_weight, stored_weight
@@ -26,7 +26,8 @@ class FloraLinear(nn.Module, BaseTunerLayer):
 
     y = Σ_k B_k ∘ ((A_k ∘ x) @ weight.T) + bias, or the mean over k. x: (…, d_in). Several active adapters multiply: the weight is
     modulated by each. A weight that is a plain tensor is modulated, or x expanded, whichever `flora.cost` finds cheaper; a
-    quantised layer is always given the expanded x. Factors may be of higher precision than the layer: float32 beside bfloat16.
+    quantised layer is always given the expanded x. Factors are float32, beside half precision and quantised layers too, or
+    float64 beside a float64 layer.
     """
 
     adapter_layer_names = ("flora_A", "flora_B")
@@ -54,6 +55,15 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         self.r[adapter_name], self.combine[adapter_name] = rank, config.combine
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's own rounds what it moves to the layer's dtype, and around one half precision has steps of a percent."""
+        weight = self.base_layer.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        for side in (self.flora_A, self.flora_B):
+            old = side[adapter_name]
+            if old.device.type != "meta":  # a place for what is loaded later
+                side[adapter_name] = nn.Parameter(old.detach().to(device or weight.device, dtype), old.requires_grad)
 
     def factors(self, adapter_names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """A (r, d_in) and B (r, d_out) of one adapter, the mean folded into B, or of the product of several, whose ranks multiply.
@@ -120,7 +130,7 @@ class FloraLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Multiply the base weight by adapters (default: the active ones). The weight before is kept, so that unmerging is exact.
 
-        safe_merge: ValueError, with nothing changed, where the merged weight is not finite.
+        safe_merge: AdapterError, with nothing changed, where the merged weight is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.flora_A]
         if not names:
@@ -129,7 +139,7 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             weight = ops.merge_flora(plain_weight(base), *self.factors(names))
         if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError(f"adapters {', '.join(names)} make weights that are NaN or infinite: nothing was merged")
+            raise AdapterError(f"adapters {', '.join(names)} make weights that are NaN or infinite: nothing was merged")
         if not self.merged:
             self._weight_before_merge = stored_weight(base)
         store_weight(base, weight)

@@ -188,6 +188,7 @@ def test_lower_precision_beside_float32_factors(kind, tokens, precision):
     base = copy.deepcopy(exact.base_layer).to(torch.bfloat16 if precision == "bfloat16 layer" else torch.float32)
     layer = adapted(base)
     for side, exact_side in ((layer.flora_A, exact.flora_A), (layer.flora_B, exact.flora_B)):
+        assert side["default"].dtype == torch.float32
         side["default"] = nn.Parameter(exact_side["default"].float())
     exact_gradients = gradients(exact, x.double(), weights)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16 autocast"):
@@ -325,8 +326,6 @@ def test_a_safe_merge_refuses_what_is_not_finite(kind):
 
 def test_a_half_precision_layer_is_merged_in_the_factors_precision():
     layer = adapted(nn.Linear(64, 48).bfloat16())
-    for side in (layer.flora_A, layer.flora_B):
-        side["default"] = nn.Parameter(side["default"].float())
     expected = true_weight(layer.base_layer) * (layer.flora_B["default"].T @ layer.flora_A["default"]).double()
     layer.merge()
     assert layer.base_layer.weight.dtype == torch.bfloat16
