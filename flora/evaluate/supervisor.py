@@ -26,7 +26,7 @@ TAIL_BYTES = 4096  # of each stream that is kept
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 36, 38
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_MOVE, MS_REC = 1, 2, 4, 8, 4096, 8192, 16384
 AT_FDCWD, AT_RECURSIVE, MOUNT_SETATTR = -100, 0x8000, 442  # the system call has this number on every architecture
-LAST_CAPABILITY = 63
+LAST_CAPABILITY, CAPABILITY_VERSION = 63, 0x20080522
 DEVICES = ("null", "zero", "full", "random", "urandom")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -205,6 +205,7 @@ class Supervisor:
                 os.setresgid(self.user, self.user, self.user)
                 os.setresuid(self.user, self.user, self.user)
             if _is_linux:
+                _libc.capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())  # none, not even to hand on
                 _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
                 _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             os.execve(command[0], command, self.environment)
