@@ -35,12 +35,12 @@ assets: $(VENV)/.installed ## make the models, adapters and clips in assets/ aga
 	$(VENV)/bin/python -m flora.corpus.speech --clips assets/clips
 	$(VENV)/bin/python -m flora.pretrain code
 	$(VENV)/bin/python -m flora.pretrain speech
-	for method in flora lora; do \
+	for method in flora lora ia3; do \
 		for tag in d pl rb rs rkt swift jl lua r; do \
-			$(VENV)/bin/python -m flora.finetune code $$tag --method $$method --bfloat16 || exit 1; \
+			$(VENV)/bin/python -m flora.finetune code $$tag --method $$method --bfloat16 --overwrite || exit 1; \
 		done; \
 		for tag in ar cs lt mr mn hi; do \
-			$(VENV)/bin/python -m flora.finetune speech $$tag --method $$method --bfloat16 || exit 1; \
+			$(VENV)/bin/python -m flora.finetune speech $$tag --method $$method --bfloat16 --overwrite || exit 1; \
 		done; \
 	done
 

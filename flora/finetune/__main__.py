@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -98,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--output", type=Path, metavar="FOLDER", help="empty or not there yet; default: assets/adapters/KIND/LANGUAGE/METHOD"
     )
-    where.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
+    where.add_argument("--overwrite", action="store_true", help="replace the adapter in the output folder")
     where.add_argument("--json", type=Path, metavar="FILE", help="write the recipe, the log and the score as rows of JSONL")
     where.add_argument("--held-out", type=int, default=100, metavar="N", help="items to score on, at most; default: 100")
     where.add_argument("--run-folder", type=Path, metavar="FOLDER", help="of checkpoints; default: one under runs/")
@@ -118,8 +117,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("checkpoint_every", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    # At import it warns on every CPU that an optional kernel is missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT asks transformers so
     import torch
     import transformers
@@ -127,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from flora.errors import FloraError
     from flora.finetune import Recipe, finetune
 
-    if sys.stderr.isatty() is False:
+    transformers.utils.logging.set_verbosity_error()  # its advice is for callers of its functions
+    if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     if options.threads is not None:
         torch.set_num_threads(options.threads)

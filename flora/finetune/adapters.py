@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +16,19 @@ from typing import Any
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from flora.errors import TrainingError
 from flora.finetune.recipe import Recipe
-from flora.formats import CONFIG_FILE
+from flora.formats import CONFIG_FILE, WEIGHTS_FILE
 from flora.layers import is_adaptable
 from flora.tuner import FloraConfig
+
+CARD_FILE = "README.md"
+ADAPTER_FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -40,10 +46,11 @@ def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
         "base_model_name_or_path": recipe.model,
         "task_type": "CAUSAL_LM" if recipe.kind == "code" else None,
     }
+    transposed = any(isinstance(layer, Conv1D) for layer in layers.values())  # PEFT's own methods want to be told
     if recipe.method == "lora":
-        return LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, **shared)
+        return LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, fan_in_fan_out=transposed, **shared)
     if recipe.method == "ia3":
-        return IA3Config(feedforward_modules=_scaled_at_input(targets, layers), **shared)
+        return IA3Config(feedforward_modules=_scaled_at_input(targets, model), fan_in_fan_out=transposed, **shared)
     std = {} if recipe.init_std is None else {"init_std": recipe.init_std}
     return FloraConfig(r=recipe.rank, init=recipe.init, **std, **shared)
 
@@ -78,19 +85,17 @@ def _targets(recipe: Recipe, layers: dict[str, nn.Module], model: PreTrainedMode
     return sorted(recipe.target_layers)
 
 
-def _scaled_at_input(targets: list[str] | None, layers: dict[str, nn.Module]) -> list[str] | None:
-    """Of IA3's layers, those whose input is scaled and not their output; None for PEFT's default.
+def _scaled_at_input(targets: list[str] | None, model: PreTrainedModel) -> str | None:
+    """Of IA3's layers, those whose input is scaled and not their output: an expression; None for PEFT's default.
 
-    PEFT scales a layer's bias with its output, which no factor of the weight does. Where there is a bias the input is scaled: then
-    what is trained is exactly a fLoRA adapter of rank 1, and is served as one.
+    As the method has it, and PEFT in its table, it is the last layer of a feed-forward block, whose input are the activations. An
+    architecture that the table lacks has all outputs scaled.
     """
     if targets is None:
         return None
-    return [
-        target
-        for target in targets
-        if any(layer.bias is not None for name, layer in layers.items() if name == target or name.endswith(f".{target}"))
-    ]
+    table = {**TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING, "whisper": ["fc2"]}
+    names = table.get(model.config.model_type, [])
+    return rf"(.*\.)?({'|'.join(re.escape(name) for name in names)})" if names else "(?!)"
 
 
 # ------------------------------------------------------------------------------------------------------------------- writing
@@ -114,22 +119,36 @@ def write_adapter(folder: Path, model: PeftModel, card: str) -> None:
             config[name] = sorted(value)  # PEFT keeps sets, whose order changes from run to run
     text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner alone
 
 
 def refuse_used_output(folder: Path, overwrite: bool) -> None:
-    """TrainingError where a result could not be put into `folder` without losing what is there."""
+    """TrainingError where a result could not be put into `folder`, or not without losing what is there.
+
+    overwrite: an adapter that is there may be replaced; a folder with anything else in it never is.
+    """
+    folder = Path(os.path.abspath(folder))
     if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"output {folder} is a file: name a folder that is empty or does not exist")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise TrainingError(f"output folder {folder} is not empty: name another with --output, or give --overwrite")
+        raise TrainingError(f"output {folder.name} is a file: name a folder that is empty or does not exist")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise TrainingError(f"output folder {folder.name} is not empty: name another with --output, or give --overwrite")
+        others = sorted({path.name for path in folder.iterdir()} - ADAPTER_FILES)
+        if others:
+            raise TrainingError(
+                f"output folder {folder.name} holds {others[0]}, which is no adapter's: --overwrite replaces nothing but an adapter"
+            )
+    above = next(place for place in folder.parents if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise TrainingError(f"output folder {folder.name} cannot be made in {above.name or above}: name another with --output")
 
 
 @contextmanager
 def whole_or_nothing(folder: Path) -> Iterator[Path]:
     """A new folder to write into, that takes `folder`'s place, files settled on the disk, once all went well."""
+    folder = Path(os.path.abspath(folder))  # the current folder, too, has a name
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -37,7 +37,8 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 class Source:
     """Where rows come from: a path or hub id, and the names of its columns where they are not the usual ones.
 
-    split, config, directory: of a data set with several. limit: rows to read at most.
+    split, config, directory: of a data set with several. limit: rows to read at most. enough: rows after which a data set on the
+    hub, which may be huge, is read no further where there is no limit.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Source:
     completion: str | None = None
     audio: str | None = None
     limit: int | None = None
+    enough: int | None = None
 
     @property
     def display(self) -> str:
@@ -356,7 +358,7 @@ def _hub_rows(source: Source) -> Iterator[Row]:
 
     try:
         data = datasets.load_dataset(source.name, source.config, data_dir=source.directory, split=source.split, streaming=True)
-        yield from _dataset_rows(data, source)
+        yield from itertools.islice(_dataset_rows(data, source), source.limit or source.enough)
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:  # its own errors are kinds of these
         raise DataError(
             f"data set {source.name} could not be read from the hub: check the name, --data-config, --data-split, the network and "

@@ -6,10 +6,10 @@ A task knows its data and the model's tokenizer or processor, never the adapter:
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +127,15 @@ def _own_data(recipe: Recipe, read: Any) -> tuple[list, list, list[Tally]]:
     """(to learn from, held out, tallies) of data of one's own. read: a source → its examples and tally."""
     columns = {role: getattr(recipe, f"{role}_column") for role in ("text", "prompt", "completion", "audio")}
     place = {"split": recipe.data_split, "config": recipe.data_config, "directory": recipe.data_dir, "limit": recipe.limit}
-    train, tally = read(Source(recipe.data, **place, **columns))
     try:
         share = float(recipe.validation)
     except ValueError:
-        held_out, other = read(Source(recipe.validation, **place, **columns))
+        train, tally = read(Source(recipe.data, enough=recipe.num_examples, **place, **columns))
+        held_out, other = read(Source(recipe.validation, enough=recipe.held_out, **place, **columns))
         return train, held_out, [tally, other]
     if not 0 < share < 1:
         raise DataError(f"--validation is a share between 0 and 1, or a source, not {recipe.validation}")
+    train, tally = read(Source(recipe.data, enough=math.ceil(recipe.num_examples / (1 - share)), **place, **columns))
     train, held_out = split_by_text(train, share)
     return train, held_out, [tally]
 
@@ -335,10 +336,7 @@ class SpeechTask(Task):
         loss = tokens = 0
         transcripts = []
         longest = max(len(ids) for ids in self.held_out_labels)
-        options = deepcopy(model.generation_config)
-        options.max_length = None  # else it warns that there are two limits
-        # A model that runs on is cut, twice as late as the longest truth.
-        options.max_new_tokens, options.do_sample = min(self.context - 8, 2 * longest + 8), False
+        limit = min(self.context - 8, 2 * longest + 8)  # a model that runs on is cut, twice as late as the longest truth
         for first in range(0, len(self.held_out_texts), SCORED_AT_ONCE):
             rows = range(first, min(first + SCORED_AT_ONCE, len(self.held_out_texts)))
             batch = self.collate([(self.held_out_features[row], self.held_out_labels[row]) for row in rows])
@@ -348,7 +346,7 @@ class SpeechTask(Task):
             counted = labels != IGNORED
             loss += cross_entropy(logits[counted], labels[counted], reduction="sum").item()
             tokens += int(counted.sum())
-            made = model.generate(features, generation_config=options, use_cache=True, **self.generate_options)
+            made = model.generate(features, max_new_tokens=limit, do_sample=False, use_cache=True, **self.generate_options)
             transcripts += self.processor.batch_decode(made, skip_special_tokens=True)
         transcripts = [" ".join(text.split()) for text in transcripts]
         return {"loss": loss / tokens, "word error rate": jiwer.wer(self.held_out_texts, transcripts)}

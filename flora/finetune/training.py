@@ -49,7 +49,13 @@ def run_folder(folder: Path, identity: dict, restart: bool = False) -> Iterator[
 
     identity: what makes it the same run. restart: forget what an earlier run left there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK_FILE).touch()
+    except OSError as error:
+        raise TrainingError(
+            f"run folder {folder} cannot be written to ({error.strerror}): name another with --run-folder"
+        ) from error
     with _locked(folder):
         path = folder / IDENTITY_FILE
         if restart:
@@ -227,9 +233,13 @@ class Log:
     """Rows of JSON in a file, one a line, written as they come; or nowhere."""
 
     def __init__(self, path: Path | None) -> None:
+        self.file = None
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = None if path is None else path.open("w", encoding="utf-8")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = path.open("w", encoding="utf-8")
+            except OSError as error:
+                raise TrainingError(f"--json {path.name} cannot be written ({error.strerror}): name another file") from error
 
     def write(self, kind: str, facts: dict[str, Any]) -> None:
         if self.file is not None:
