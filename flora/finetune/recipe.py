@@ -30,7 +30,7 @@ LEARNING_RATES = {
     ("code", "ia3"): 2e-2,
     ("speech", "flora"): 3e-2,
     ("speech", "lora"): 5e-3,
-    ("speech", "ia3"): 2e-2,
+    ("speech", "ia3"): 3e-2,
 }
 """Tuned on the embedded models. A multiplicative adapter wants the larger rate."""
 
