@@ -45,3 +45,7 @@ class DataError(FloraError):
 
 class TrainingError(FloraError):
     """A training run that cannot start or go on: unknown layers, a folder that is in use, a loss that is no number, a full disk."""
+
+
+class DivergenceError(TrainingError):
+    """A loss or an adapter that became NaN or infinite."""

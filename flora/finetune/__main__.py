@@ -20,7 +20,7 @@ A run that was stopped or killed goes on from its last checkpoint: give the same
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Bad input: one line, exit 2."""
 
     def error(self, message: str) -> NoReturn:
@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m flora.finetune",
         usage="python -m flora.finetune code|speech [LANGUAGE] [--method flora|lora|ia3] [--data SOURCE] [--output FOLDER] …",
         description="Train an adapter of a frozen base model, and write it as a PEFT folder with a card that tells its score.",
@@ -110,6 +110,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def quiet(threads: int | None) -> None:
+    """Keep to oneself what libraries say to callers of their functions, and set torch's threads, None for its own choice."""
+    import torch
+    import transformers
+
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT asks transformers so
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train an adapter; 0 for done, 2 with one line on stderr for bad input, 130 when interrupted."""
     parser = make_parser()
@@ -117,18 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("checkpoint_every", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT asks transformers so
-    import torch
-    import transformers
-
+    quiet(options.threads)
     from flora.errors import FloraError
     from flora.finetune import Recipe, finetune
 
-    transformers.utils.logging.set_verbosity_error()  # its advice is for callers of its functions
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     if options.target_layers is not None:
         options.target_layers = tuple(options.target_layers)
     try:

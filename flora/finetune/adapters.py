@@ -69,6 +69,12 @@ def add_adapter(recipe: Recipe, model: PreTrainedModel) -> PeftModel:
         raise TrainingError(f"PEFT cannot adapt this model: {str(error).partition(chr(10))[0][:200]}") from error
 
 
+def remove_adapter(model: PeftModel) -> None:
+    """Take the adapter out of the model, which is as it was before."""
+    base = model.base_model.unload()
+    vars(base).pop("peft_config", None)  # where PEFT leaves it, the next adapter would be taken for a second one
+
+
 def _targets(recipe: Recipe, layers: dict[str, nn.Module], model: PreTrainedModel) -> list[str] | None:
     """Last parts of layers' names; None leaves the choice to PEFT's table of architectures."""
     if recipe.target_layers == ("default",):

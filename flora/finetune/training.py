@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from flora.errors import TrainingError
+from flora.errors import DivergenceError, TrainingError
 from flora.finetune.adapters import settle
 from flora.finetune.recipe import Recipe
 from flora.finetune.tasks import RunData, Task
@@ -159,7 +159,7 @@ class _Trainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            raise TrainingError(
+            raise DivergenceError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}: lower --learning-rate; "
                 "the last good checkpoint is kept"
             )
@@ -169,6 +169,13 @@ class _Trainer(Trainer):
         return 0  # would count the model's parameters at every step, for a number that nobody reads
 
 
+def _refuse_diverged(model: PeftModel, step: int) -> None:
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters() if parameter.requires_grad):
+        raise DivergenceError(
+            f"the adapter's values became NaN or infinite by step {step}: lower --learning-rate; the last good checkpoint is kept"
+        )
+
+
 class _Checkpoints(TrainerCallback):
     """Moves each finished checkpoint from the Trainer's folder into the run's, and removes the one before it."""
 
@@ -176,11 +183,7 @@ class _Checkpoints(TrainerCallback):
         self.folder = folder
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any) -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
-            raise TrainingError(
-                f"the adapter's values became NaN or infinite by step {state.global_step}: lower --learning-rate; "
-                "the last good checkpoint is kept"
-            )
+        _refuse_diverged(model, state.global_step)
         written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
         settle(written)
@@ -311,6 +314,7 @@ def train(
         if shown is not None:
             shown.close()
         shutil.rmtree(folder / WRITING, ignore_errors=True)
+    _refuse_diverged(model, recipe.steps)
     model.eval()
     return step
 
