@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -564,13 +564,17 @@ def _problems(options: argparse.Namespace) -> tuple[dict[str, list[Problem]], st
     if options.data and options.dataset:
         raise EvaluationError("problems come from --data or from --dataset, not from both")
     if not options.data and not options.dataset:
-        found: Iterable[Problem] = held_out_problems(options.languages or TAGS, options.problems or CORPUS_PROBLEMS, options.seed)
-        source = CORPUS
+        found = held_out_problems(options.languages or TAGS, options.problems or CORPUS_PROBLEMS, options.seed)
+        source, skipped = CORPUS, []
     elif options.dataset:
-        found, source = hub_problems(options.languages or TAGS, options.dataset), f"{HUB} {options.dataset}"
+        found, skipped = hub_problems(options.languages or TAGS, options.dataset)
+        source = f"{HUB} {options.dataset}"
     else:
-        found = [problem for path in options.data for problem in read_problems(path)]
+        parts = [read_problems(path) for path in options.data]
+        found, skipped = [problem for good, _ in parts for problem in good], [sentence for _, bad in parts for sentence in bad]
         source = " ".join(public_name(path) for path in options.data)
+    for sentence in skipped:
+        print(f"left out: {sentence}", file=sys.stderr)
     by_language: dict[str, list[Problem]] = {}
     for problem in found:
         by_language.setdefault(problem.language, []).append(problem)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from flora.evaluate.toolchains import RECIPES
 HUB = "nuprl/MultiPL-E"
 BENCHMARKS = ("humaneval", "mbpp")
 CORPUS = "corpus held-out"
+LARGEST_BAD_SHARE = 0.01  # of a file's problems; with more the file is taken for another kind
+NAMED = 3  # bad problems that a message names
 TAGS = tuple(tag for tag in RECIPES if tag != "py")
 """The nine languages of the paper, by MultiPL-E's tags."""
 
@@ -68,10 +70,10 @@ def held_out_problems(tags: Sequence[str], count: int, seed: int) -> list[Proble
     return made
 
 
-def read_problems(path: str | Path) -> list[Problem]:
-    """The problems of a JSONL file, one {name, language, prompt, tests, stop_tokens} a line.
+def read_problems(path: str | Path) -> tuple[list[Problem], list[str]]:
+    """The problems of a JSONL file, one {name, language, prompt, tests, stop_tokens} a line, and a sentence for each bad line.
 
-    EvaluationError for a file that cannot be read, and for a line that is none, by its number.
+    EvaluationError for a file that cannot be read, holds nothing, or has more bad lines than `LARGEST_BAD_SHARE`.
     """
     path = Path(path)
     try:
@@ -79,22 +81,15 @@ def read_problems(path: str | Path) -> list[Problem]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise EvaluationError(f"{path.name} cannot be read: {reason}") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            place = f"{path.name}, line {number}"
-            try:
-                fact = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise EvaluationError(f"{place} is not JSON: a problem is one JSON object a line") from error
-            found.append(_problem(fact, place))
-    if not found:
-        raise EvaluationError(f"{path.name} holds no problem")
-    return found
+    rows = ((f"{path.name}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
+    return _problems(rows, path.name)
 
 
-def hub_problems(tags: Sequence[str], benchmark: str = "humaneval") -> list[Problem]:
-    """MultiPL-E's problems in each language from the hub. benchmark: of `BENCHMARKS`. EvaluationError where it is out of reach."""
+def hub_problems(tags: Sequence[str], benchmark: str = "humaneval") -> tuple[list[Problem], list[str]]:
+    """MultiPL-E's problems in each language from the hub, and a sentence for each bad row. benchmark: of `BENCHMARKS`.
+
+    EvaluationError where it is out of reach, or where too many rows are bad.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -103,28 +98,53 @@ def hub_problems(tags: Sequence[str], benchmark: str = "humaneval") -> list[Prob
         ) from error
     from huggingface_hub.errors import HfHubHTTPError
 
-    found = []
+    found, skipped = [], []
     for tag in tags:
+        name = f"{benchmark}-{tag}"
         try:
-            rows = load_dataset(HUB, f"{benchmark}-{tag}", split="test")
+            rows = load_dataset(HUB, name, split="test")
         except (OSError, ValueError, HfHubHTTPError) as error:  # offline, not cached, no such configuration
             raise EvaluationError(
-                f"{HUB} has no {benchmark}-{tag} that can be reached from here: check the network, or name a JSONL file of problems"
+                f"{HUB} has no {name} that can be reached from here: check the network, or name a JSONL file of problems"
             ) from error
-        found += [_problem(row, f"{HUB}, {benchmark}-{tag}, row {number}") for number, row in enumerate(rows)]
-    return found
+        good, bad = _problems(((f"{name}, row {number}", row) for number, row in enumerate(rows, 1)), f"{HUB} {name}")
+        found += good
+        skipped += bad
+    return found, skipped
+
+
+def _problems(rows: Iterable[tuple[str, Any]], source: str) -> tuple[list[Problem], list[str]]:
+    """The problems of `rows`, each (where it is, its fields or a line of JSON), and a sentence for each that is none."""
+    found, skipped = [], []
+    for place, fact in rows:
+        try:
+            found.append(_problem(json.loads(fact) if isinstance(fact, str) else fact, place))
+        except (json.JSONDecodeError, RecursionError):
+            skipped.append(f"{place}: not JSON")
+        except EvaluationError as error:
+            skipped.append(str(error))
+    number = len(found) + len(skipped)
+    if len(skipped) > LARGEST_BAD_SHARE * number:
+        named = "; ".join(skipped[:NAMED]) + ("; …" if len(skipped) > NAMED else "")
+        raise EvaluationError(
+            f"{len(skipped)} of the {number} problems of {source} cannot be used, "
+            f"and more than {LARGEST_BAD_SHARE:.0%} is too many: {named}"
+        )
+    if not found:
+        raise EvaluationError(f"{source} holds no problem")
+    return found, skipped
 
 
 def _problem(fact: Any, place: str) -> Problem:
     """A problem from its fields, each checked."""
     if not isinstance(fact, dict):
-        raise EvaluationError(f"{place} is not a JSON object with the fields name, language, prompt, tests and stop_tokens")
+        raise EvaluationError(f"{place}: not a JSON object with name, language, prompt, tests and stop_tokens")
 
     def value(name: str, is_right: Callable[[Any], bool], kind: str) -> Any:
         if name not in fact:
-            raise EvaluationError(f"{place} lacks the field {name!r}")
+            raise EvaluationError(f"{place}: no {name}")
         if not is_right(fact[name]):
-            raise EvaluationError(f"{place}: {name} must be {kind}")
+            raise EvaluationError(f"{place}: {name} is not {kind}")
         return fact[name]
 
     name, language, prompt, tests = (
