@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, GPTBigCodeConfig, GPTBigCodeForCausalLM, PreTrainedTokenizerFast
 
 from flora.corpus.code import LANGUAGES, Program, problems, render
-from flora.pretrain.loop import train
+from flora.pretrain.loop import cooled_rate_at, train
 
 END_OF_TEXT = "<|endoftext|>"
 IGNORED = -100  # a label that has no loss
@@ -244,7 +244,8 @@ laptop's CPU without a download. It is not a coding assistant: it knows the smal
 Functions that `flora.corpus.code` generates: sums, filters, text formatting, digit loops and the like, with random
 names, constants and compositions. A prompt is the task in English as a comment and the function's signature, as in
 MultiPL-E; the answer is the body. {100 * arguments.python_share:.0f} % of the programs are Python, each of the nine other
-languages has {100 * others:.1f} %: enough to be read, too little to be good at, so that a language's adapter has something to
+languages has {100 * others:.1f} %; in the last {arguments.cooldown_steps} steps, {100 * arguments.cooldown_python_share:.0f} % are
+Python. That is enough to read the others, and too little to be good at them, so that a language's adapter has something to
 add. The model is a *base* for adapters.
 
 ## Recipe
@@ -252,9 +253,10 @@ add. The model is a *base* for adapters.
     python -m flora.pretrain code
 
 AdamW with a peak learning rate of {arguments.learning_rate:g}: linear warm-up and a cosine planned for
-{arguments.planned_steps} steps, left for a faster fall in the last {arguments.cooldown_steps} of {arguments.steps}; batches of
-{arguments.tokens_per_batch} tokens, bfloat16 autocast, seed {arguments.seed}. The loss is that of the answers, and of every token
-in the {100 * PACKED_SHARE:.0f} % of programs that are packed into whole contexts. The weights are stored in float16.
+{arguments.planned_steps} steps, left for a straight fall to zero in the last {arguments.cooldown_steps} of
+{arguments.steps}; batches of {arguments.tokens_per_batch} tokens, bfloat16 autocast, seed {arguments.seed}. The loss is that of
+the answers, and of every token in the {100 * PACKED_SHARE:.0f} % of programs that are packed into whole contexts. The weights are
+stored in float16.
 
 ## Scores
 
@@ -276,12 +278,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("runs/pretrain-code"),
         help="checkpoints and log; a run resumes from here",
     )
-    parser.add_argument("--steps", type=int, default=4500, help="in all")
-    parser.add_argument("--cooldown-steps", type=int, default=700, help="the last of them, at a faster falling rate")
-    parser.add_argument("--planned-steps", type=int, default=4500, help="that the first part's learning rate is for")
+    parser.add_argument("--steps", type=int, default=6900, help="in all")
+    parser.add_argument("--cooldown-steps", type=int, default=900, help="the last of them, in which the rate falls to zero")
+    parser.add_argument("--planned-steps", type=int, default=13000, help="that the first part's learning rate is for")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--python-share", type=float, default=0.85, help="share of Python among the programs")
-    parser.add_argument("--cooldown-python-share", type=float, default=0.85, help="the same, in the cooldown")
+    parser.add_argument("--cooldown-python-share", type=float, default=0.97, help="the same, in the cooldown")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--heads", type=int, default=8)
@@ -291,7 +293,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint-every",
         type=int,
-        default=350,
+        default=500,
         help="steps; each checkpoint is also saved as a model in the run folder",
     )
     parser.add_argument("--threads", type=int, default=1)
@@ -332,17 +334,23 @@ def main(arguments: argparse.Namespace) -> int:
         stream = batches(tokenizer, seed, python_share, arguments.tokens_per_batch)
         return itertools.islice(stream, max(0, steps_done(arguments.run_folder) - first_step), None)
 
+    first_part = arguments.steps - arguments.cooldown_steps
+    warmup = min(200, max(1, arguments.steps // 10))
+
+    def rate_at(step: int) -> float:
+        return cooled_rate_at(step, arguments.planned_steps, arguments.learning_rate, warmup, first_part, arguments.steps)
+
     common = {
+        "steps": arguments.steps,
         "learning_rate": arguments.learning_rate,
+        "rate_at": rate_at,
         "run_folder": arguments.run_folder,
-        "warmup": min(200, max(1, arguments.steps // 10)),
         "checkpoint_every": arguments.checkpoint_every,
         "autocast_dtype": torch.bfloat16,
         "evaluate": evaluate_early,
     }
-    first_part = arguments.steps - arguments.cooldown_steps
-    train(model, data(arguments.seed, arguments.python_share, 0), steps=arguments.planned_steps, stop=first_part, **common)
-    train(model, data(arguments.seed + 1, arguments.cooldown_python_share, first_part), steps=arguments.steps, **common)
+    train(model, data(arguments.seed, arguments.python_share, 0), stop=first_part, **common)
+    train(model, data(arguments.seed + 1, arguments.cooldown_python_share, first_part), **common)
     scores = evaluate(model, tokenizer, arguments.problems)
     save(model, tokenizer, arguments.out, write_card(arguments, model, scores, arguments.problems), scores)
     for tag, score in scores.items():

@@ -21,6 +21,12 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.001 + 0.999 * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
 
 
+def cooled_rate_at(step: int, planned: int, peak: float, warmup: int, first: int, last: int) -> float:
+    """The plan's rate until step `first`, then down in a straight line to nothing at `last`."""
+    rate = learning_rate_at(min(step, first), planned, peak, warmup)
+    return rate if step < first else rate * (last - step) / (last - first)
+
+
 def save_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Write model, optimizer and step to `folder`/checkpoint.pt, atomically: a killed run keeps the last whole one."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,11 +60,12 @@ def train(
     checkpoint_every: int = 500,
     autocast_dtype: torch.dtype | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    rate_at: Callable[[int], float] | None = None,
 ) -> None:
     """Train `model` in place on an endless iterator of keyword batches; `model(**batch).loss` is minimised.
 
     The learning rate is planned for `steps` steps; with `stop`, training leaves that plan after so many of them, and a
-    second call with fewer `steps` cools down from there.
+    second call with fewer `steps` cools down from there. `rate_at`, step → learning rate, is a plan of the caller's own.
 
     The log goes to `run_folder`/log.jsonl, a row per 50 steps and one per evaluation (every `checkpoint_every` steps).
     """
@@ -75,7 +82,7 @@ def train(
     progress = tqdm(range(first, last), initial=first, total=last, mininterval=5.0)
     for step in progress:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, steps, learning_rate, warmup)
+            group["lr"] = rate_at(step) if rate_at else learning_rate_at(step, steps, learning_rate, warmup)
         with torch.autocast("cpu", dtype=autocast_dtype, enabled=autocast_dtype is not None):
             loss = model(**next(batches)).loss
         if not torch.isfinite(loss):
