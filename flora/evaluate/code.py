@@ -115,10 +115,11 @@ class Sampling:
 def answer(engine: Engine, tasks: Sequence[Task], sampling: Sampling) -> Iterator[tuple[Task, str | None]]:
     """Completions as batches are done, cut at the stop tokens; None for a prompt that the model's context does not hold.
 
-    Adapters of one family and the base model share batches. What is sampled depends on the seed and on a task's place in `tasks`.
+    Adapters of one family and the base model share batches. What is sampled depends on the seed and on a task's place among those
+    of its engine's method.
     """
-    queues: dict[str, list[tuple[int, Task, Request]]] = {}
-    for place, task in enumerate(tasks):
+    queues: dict[str, list[tuple[Task, Request]]] = {}
+    for task in tasks:
         method = sampling.method or SERVED_BY[task.method]
         name = task.checkpoint.name if task.checkpoint else None
         try:
@@ -129,13 +130,13 @@ def answer(engine: Engine, tasks: Sequence[Task], sampling: Sampling) -> Iterato
         except RequestError:
             yield task, None
         else:
-            queues.setdefault(method, []).append((place, task, request))
+            queues.setdefault(method, []).append((task, request))
     for method, queue in queues.items():
         for first in range(0, len(queue), engine.max_batch_size):
             batch = queue[first : first + engine.max_batch_size]
-            problems = [task.problem for _, task, _ in batch]
-            texts = _generate(engine, problems, [request for _, _, request in batch], method, sampling.seed, batch[0][0])
-            yield from ((task, text) for (_, task, _), text in zip(batch, texts, strict=True))
+            problems, requests = [task.problem for task, _ in batch], [request for _, request in batch]
+            texts = _generate(engine, problems, requests, method, sampling.seed, first)
+            yield from ((task, text) for (task, _), text in zip(batch, texts, strict=True))
 
 
 def _generate(
@@ -510,9 +511,11 @@ def main(options: argparse.Namespace) -> int:
     run_limits = Limits(wall_s=3.0 * options.cpu_limit, cpu_s=options.cpu_limit, memory_bytes=options.memory_limit << 20)
     grader = Grader(find_sandbox(options.unsafe), run_limits)
     problems, source = _problems(options)
-    checkpoints = _checkpoints(options, list(problems), confusion)
+    checkpoints, missing = _checkpoints(options, list(problems), confusion)
     if not base and not checkpoints:
         raise EvaluationError(f"nothing to evaluate: there is no adapter of {', '.join(problems)} by {', '.join(options.methods)}")
+    if missing:
+        print(f"left out, since there is no such adapter: {', '.join(missing)}", file=sys.stderr)
     model = options.model or shipped_model("code")
     engine = Engine.from_pretrained(
         model,
@@ -591,22 +594,21 @@ def _problems(options: argparse.Namespace) -> tuple[dict[str, list[Problem]], st
     return chosen, source
 
 
-def _checkpoints(options: argparse.Namespace, languages: Sequence[str], confusion: int) -> list[Checkpoint]:
-    """The adapters to judge on `languages`, and with `confusion` the fLoRA adapters of others; what is missing is said."""
+def _checkpoints(options: argparse.Namespace, languages: Sequence[str], confusion: int) -> tuple[list[Checkpoint], list[str]]:
+    """The adapters to judge on `languages`, with `confusion` the fLoRA adapters of others too; and the names of what is missing."""
+    missing: list[str] = []
     if options.adapter:
         checkpoints = [checkpoint for checkpoint in given_checkpoints(options.adapter) if checkpoint.method in options.methods]
     elif options.model and not options.adapters:
-        return []
+        return [], []
     else:
         folder = options.adapters or shipped_adapters("code")
         if not folder.is_dir():
             raise AdapterError(f"there is no folder {folder.name!r}: give one that holds adapters as TAG/METHOD")
         checkpoints, missing = find_checkpoints(folder, dict.fromkeys([*languages, *TAGS]), options.methods)
         missing = [name for name in missing if name.partition("/")[0] in languages]
-        if missing:
-            print(f"left out, since there is no such adapter: {', '.join(missing)}", file=sys.stderr)
     used = [c for c in checkpoints if c.language in languages or (confusion and c.method == "flora")]
     if options.adapter and len(used) < len(checkpoints):
         idle = next(checkpoint for checkpoint in checkpoints if checkpoint not in used)
         raise EvaluationError(f"adapter {idle.name} has no problems: they are in {', '.join(languages)}")
-    return used
+    return used, missing
