@@ -20,7 +20,9 @@ from flora.finetune.card import adapter_card
 from flora.finetune.recipe import MODELS, Recipe, label, run_identity, short_hash
 from flora.finetune.tasks import CLIPS_FOLDER, make_task
 from flora.finetune.training import Log, explained_full_disk, run_folder, train
+from flora.layers import is_adaptable
 from flora.models import LoadedModel, choose_device, load_model
+from flora.tuner.quantised import keep_trainable
 
 __all__ = ["Recipe", "Result", "finetune", "load_base"]
 
@@ -47,6 +49,9 @@ def load_base(recipe: Recipe, device: str = "auto") -> LoadedModel:
     dtype = "bfloat16" if recipe.bfloat16 and not on_cpu else "float32"
     loaded = load_model(recipe.model or MODELS[recipe.kind], chosen, dtype, recipe.quantize)
     if recipe.quantize is not None:
+        for module in loaded.model.modules():
+            if is_adaptable(module):
+                keep_trainable(module)
         prepare_model_for_kbit_training(loaded.model, gradient_checkpointing_kwargs={"use_reentrant": False})
     elif on_cpu:
         loaded.model.set_attn_implementation("eager")  # on a CPU the fused attention's backward pass is the slower one

@@ -43,7 +43,6 @@ def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
     targets = _targets(recipe, layers, model)
     shared: dict[str, Any] = {
         "target_modules": targets,
-        "base_model_name_or_path": recipe.model,
         "task_type": "CAUSAL_LM" if recipe.kind == "code" else None,
     }
     transposed = any(isinstance(layer, Conv1D) for layer in layers.values())  # PEFT's own methods want to be told

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flora.finetune.recipe import MODELS, Recipe
 from flora.finetune.tasks import Task
+from flora.models import KNOWN_MODELS
 
 NAMES = {"flora": "fLoRA", "lora": "LoRA", "ia3": "IA3"}
 SHOWN = {
@@ -47,7 +48,7 @@ def adapter_card(
     base = "" if recipe.quantize is None else f" in {recipe.quantize}"
     accumulated = "" if recipe.gradient_accumulation == 1 else f" × {recipe.gradient_accumulation}"
     start = f"\nThe factors start {STARTS[recipe.init]}." if recipe.method == "flora" else ""
-    base_model = Path(recipe.model).name if Path(recipe.model).is_absolute() else recipe.model
+    base_model = Path(recipe.model).name if Path(recipe.model).is_absolute() else KNOWN_MODELS.get(recipe.model, recipe.model)
     rows = "\n".join(
         f"| {SHOWN[metric]} | {_shown(metric, base_score[metric])} | {_shown(metric, value)} |" for metric, value in score.items()
     )

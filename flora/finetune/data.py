@@ -185,19 +185,22 @@ def split_by_text(examples: Sequence[Example], share: float) -> tuple[list[Examp
 
 def _read(source: Source, choose: Callable[[set[str]], Callable[[Row], Example]]) -> tuple[list[Example], Tally]:
     """Every row through what `choose` makes of the columns; rows that refuse are tallied."""
-    rows = itertools.islice(_rows(source), source.limit)
-    first = list(itertools.islice(rows, PEEKED))
-    columns = set().union(*(row.fields for row in first if row.fields is not None))
     tally, examples = Tally(source.display), []
-    make = choose(columns) if columns else None
-    for row in itertools.chain(first, rows):
-        tally.read += 1
-        try:
-            if row.fields is None or make is None:
-                raise BadRow(row.problem or "has no columns")
-            examples.append(make(row))
-        except BadRow as reason:
-            tally.bad.append(f"{row.place} {reason}")
+    try:
+        rows = itertools.islice(_rows(source), source.limit)
+        first = list(itertools.islice(rows, PEEKED))
+        columns = set().union(*(row.fields for row in first if row.fields is not None))
+        make = choose(columns) if columns else None
+        for row in itertools.chain(first, rows):
+            tally.read += 1
+            try:
+                if row.fields is None or make is None:
+                    raise BadRow(row.problem or "has no columns")
+                examples.append(make(row))
+            except BadRow as reason:
+                tally.bad.append(f"{row.place} {reason}")
+    except OSError as error:
+        raise DataError(f"data {source.display} cannot be read: {error.strerror or type(error).__name__}") from error
     tally.check()
     return examples, tally
 
@@ -343,13 +346,15 @@ def _saved_rows(folder: Path, source: Source) -> Iterator[Row]:
 
     try:
         data = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise DataError(f"data folder {folder.name} is not whole, or not what datasets saved: {_first_line(error)}") from error
-    if isinstance(data, datasets.DatasetDict):
-        if source.split not in data:
-            raise DataError(f"data folder {folder.name} has no split {source.split!r}; there are {', '.join(data)}")
-        data = data[source.split]
-    return _dataset_rows(data, source)
+        if isinstance(data, datasets.DatasetDict):
+            if source.split not in data:
+                raise DataError(f"data folder {folder.name} has no split {source.split!r}; there are {', '.join(data)}")
+            data = data[source.split]
+        yield from _dataset_rows(data, source)
+    except (OSError, KeyError, TypeError, ValueError, pyarrow.ArrowException) as error:
+        if isinstance(error, DataError):  # a ValueError too
+            raise
+        raise DataError(f"data folder {folder.name} is not whole, or not what datasets saved ({type(error).__name__})") from error
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:

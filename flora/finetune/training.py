@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import safe_globals
 
 from flora.errors import DivergenceError, TrainingError
 from flora.finetune.adapters import settle
@@ -120,13 +121,15 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
     return (found[-1], _step_of(found[-1])) if found else (None, 0)
 
 
-def _refuse_broken(checkpoint: Path) -> None:
+def refuse_broken(checkpoint: Path) -> None:
     """TrainingError for a checkpoint with a file that is missing or cannot be read: found before anything is loaded from it."""
     try:
         load_file(checkpoint / WEIGHTS_FILE)
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         for name in ("optimizer.pt", "scheduler.pt"):
             torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+        with safe_globals():  # numpy's plain arrays
+            torch.load(checkpoint / "rng_state.pth", map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise TrainingError(f"{checkpoint} cannot be read ({type(error).__name__}): give --restart to begin again") from error
 
@@ -233,25 +236,32 @@ class _Progress(TrainerCallback):
 
 
 class Log:
-    """Rows of JSON in a file, one a line, written as they come; or nowhere."""
+    """Rows of JSON in a file, one a line, written as they come; or nowhere. TrainingError where the file cannot be written."""
 
     def __init__(self, path: Path | None) -> None:
-        self.file = None
+        self.path, self.file = path, None
         if path is not None:
-            try:
+            with self._explained():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = path.open("w", encoding="utf-8")
-            except OSError as error:
-                raise TrainingError(f"--json {path.name} cannot be written ({error.strerror}): name another file") from error
 
     def write(self, kind: str, facts: dict[str, Any]) -> None:
         if self.file is not None:
-            self.file.write(json.dumps({"kind": kind, **facts}, ensure_ascii=False) + "\n")
-            self.file.flush()
+            with self._explained():
+                self.file.write(json.dumps({"kind": kind, **facts}, ensure_ascii=False) + "\n")
+                self.file.flush()
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # what could not be written was said when it was tried
+                self.file.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(f"--json {self.path.name} cannot be written ({error.strerror}): name another file") from error
 
 
 class _Rows(TrainerCallback):
@@ -290,7 +300,7 @@ def train(
     """
     checkpoint, step = last_checkpoint(folder)
     if checkpoint is not None:
-        _refuse_broken(checkpoint)
+        refuse_broken(checkpoint)
     if step >= recipe.steps:
         set_peft_model_state_dict(model, load_file(checkpoint / WEIGHTS_FILE))
         model.eval()
