@@ -53,7 +53,7 @@ from flora.evaluate.rows import (
     write_rows,
 )
 from flora.evaluate.sandbox import Limits, Result, find_sandbox
-from flora.evaluate.toolchains import Grader, recipe
+from flora.evaluate.toolchains import WALL_PER_CPU, Grader, recipe
 
 CORPUS_PROBLEMS = 100
 CONFUSION_PROBLEMS = 25
@@ -508,7 +508,7 @@ def main(options: argparse.Namespace) -> int:
     confusion = options.confusion if options.confusion is not None else CONFUSION_PROBLEMS if options.report else 0
     base, ks = "base" in options.methods, sorted(set(options.k))
 
-    run_limits = Limits(wall_s=3.0 * options.cpu_limit, cpu_s=options.cpu_limit, memory_bytes=options.memory_limit << 20)
+    run_limits = Limits(wall_s=WALL_PER_CPU * options.cpu_limit, cpu_s=options.cpu_limit, memory_bytes=options.memory_limit << 20)
     grader = Grader(find_sandbox(options.unsafe), run_limits)
     problems, source = _problems(options)
     checkpoints, missing = _checkpoints(options, list(problems), confusion)

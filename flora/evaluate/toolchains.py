@@ -19,8 +19,9 @@ from pathlib import Path
 from flora.errors import EvaluationError
 from flora.evaluate.sandbox import Limits, Result, Sandbox, Step
 
-RUN = Limits()
-COMPILE = Limits(wall_s=40.0, cpu_s=20, memory_bytes=1 << 30, processes=64)
+WALL_PER_CPU = 12  # a machine that is busy with something else makes a program slow, not wrong: what loops is ended by its CPU time
+RUN = Limits(wall_s=WALL_PER_CPU * Limits.cpu_s)
+COMPILE = Limits(wall_s=WALL_PER_CPU * 20, cpu_s=20, memory_bytes=1 << 30, processes=64)
 """Compilers need more than what they compile: rustc and ldc2 take some 250 MB and start a linker."""
 
 
@@ -172,9 +173,9 @@ class Grader:
     def _fault(self, tag: str, program: str, words: str) -> str | None:
         """`words` where a program that should pass does not; tried once."""
         if (tag, program) not in self._faults:
-            generous = {"wall_s": 60.0, "cpu_s": 30}  # the first start is from a cold disk
             toolchain = self._toolchains[tag]
-            toolchain = replace(toolchain, run_limits=replace(toolchain.run_limits, **generous))
+            generous = replace(toolchain.run_limits, wall_s=COMPILE.wall_s, cpu_s=COMPILE.cpu_s)  # it starts from a cold disk
+            toolchain = replace(toolchain, run_limits=generous)
             self._faults[tag, program] = None if toolchain.grade(self.sandbox, program).passed else words
         return self._faults[tag, program]
 

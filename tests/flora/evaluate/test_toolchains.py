@@ -18,7 +18,7 @@ from flora.evaluate.problems import TAGS, held_out_problems
 from flora.evaluate.sandbox import Limits, Result, Sandbox, SandboxFinder, Step
 from flora.evaluate.toolchains import RECIPES, Grader, Library, find_toolchain, num_processors, recipe
 
-SHORT = Limits(wall_s=6.0, cpu_s=1, processes=16)
+SHORT = Limits(wall_s=30.0, cpu_s=1, processes=16)
 FINDER = SandboxFinder()
 languages = pytest.mark.parametrize("tag", RECIPES)
 
