@@ -244,7 +244,7 @@ laptop's CPU without a download. It is not a coding assistant: it knows the smal
 Functions that `flora.corpus.code` generates: sums, filters, text formatting, digit loops and the like, with random
 names, constants and compositions. A prompt is the task in English as a comment and the function's signature, as in
 MultiPL-E; the answer is the body. {100 * arguments.python_share:.0f} % of the programs are Python, each of the nine other
-languages has {100 * others:.1f} %; in the last {arguments.cooldown_steps} steps, {100 * arguments.cooldown_python_share:.0f} % are
+languages has {100 * others:.1f} %; in the last {arguments.cooldown_steps} steps, {100 * arguments.cooldown_python_share:.3g} % are
 Python. That is enough to read the others, and too little to be good at them, so that a language's adapter has something to
 add. The model is a *base* for adapters.
 
