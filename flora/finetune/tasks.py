@@ -180,6 +180,11 @@ class CodeTask(Task):
         completions = self.tokenizer([text.completion for text in texts], add_special_tokens=False)["input_ids"]
         examples = []
         for text, prompt, completion in zip(texts, prompts, completions, strict=True):
+            if len(prompt) >= self.max_length:  # of the corpus; in data of one's own it was a bad row
+                raise DataError(
+                    f"the corpus has a prompt of {len(prompt)} tokens, where an example has {self.max_length}: take a model with a "
+                    "longer context"
+                )
             completion = completion + ([] if self.end is None else [self.end])
             if text.prompt:
                 examples.append((prompt, completion[: self.max_length - len(prompt)]))

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import tiny_models
+import torch
+from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported_modules_are_no_garbage():
+    """Every Trainer has Python look through all objects there are; those of the libraries need not be looked at."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def write_lines(path: Path, rows: list[dict | str]) -> Path:
@@ -25,6 +37,19 @@ def programs(count: int) -> list[dict[str, str]]:
 def code_file(tmp_path_factory) -> Path:
     """Forty different programs, each a prompt and a completion."""
     return write_lines(tmp_path_factory.mktemp("programs") / "programs.jsonl", programs(40))
+
+
+@pytest.fixture(scope="session")
+def roomy_model(tmp_path_factory) -> Path:
+    """A GPTBigCode of one layer on bytes, whose context holds the corpus's programs."""
+    folder = tmp_path_factory.mktemp("roomy") / "model"
+    torch.manual_seed(0)
+    config = GPTBigCodeConfig(
+        vocab_size=257, n_positions=2048, n_embd=16, n_layer=1, n_head=2, n_inner=24, bos_token_id=0, eos_token_id=0
+    )
+    GPTBigCodeForCausalLM(config).save_pretrained(folder)
+    tiny_models.byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def write_clip(path: Path, seconds: float = 0.6, seed: int = 0) -> Path:
