@@ -188,9 +188,8 @@ def test_the_network_is_not_reached(grade, tag):
         with pytest.raises(TimeoutError):
             server.accept()
         # The same program where nothing keeps it apart: that is what the sandbox held back.
-        beside = Grader(Sandbox("unsafe"), SHORT)
-        if beside.reason(tag) is None:
-            open_result = beside.grade(tag, program)
+        open_result = find_toolchain(tag, SHORT).grade(Sandbox("unsafe"), program)
+        if "cannot be started: Permission denied" not in open_result.detail:  # a toolchain in root's own folder
             assert open_result.passed, open_result
             server.accept()[0].close()
 
@@ -209,7 +208,7 @@ def bound(grader) -> None:
 def test_a_fork_bomb_is_ended(grader, bound, tag):
     if (reason := grader.reason(tag)) is not None:
         pytest.skip(reason)
-    toolchain = find_toolchain(tag, replace(SHORT, wall_s=2.5 if tag in ("rkt", "r") else 1.0))
+    toolchain = find_toolchain(tag, replace(SHORT, wall_s=2.0 if tag in ("rkt", "r") else 0.7))
     result = toolchain.grade(grader.sandbox, FORK_BOMB[tag])
     assert result.outcome in ("timeout", "memory") or result.detail == "more than 16 processes", result
 
