@@ -43,6 +43,8 @@ assets: $(VENV)/.installed ## make the models, adapters and clips in assets/ aga
 			$(VENV)/bin/python -m flora.finetune speech $$tag --method $$method --bfloat16 --overwrite || exit 1; \
 		done; \
 	done
+	$(VENV)/bin/python -m flora.evaluate code --report
+	$(VENV)/bin/python -m flora.evaluate speech --report
 
 clean: ## remove .venv and what tools left behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
