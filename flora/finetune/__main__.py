@@ -72,7 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--validation", default="0.05", metavar="SHARE|SOURCE", help="what is held out to score on; default: 0.05 of the texts"
     )
-    data.add_argument("--limit", type=int, metavar="N", help="read at most so many rows; default: all")
+    data.add_argument(
+        "--limit", type=int, metavar="N", help="read at most so many rows; default: all; of the hub, what a run takes"
+    )
     data.add_argument("--max-length", type=int, metavar="N", help="code: tokens of an example; default: 1024, or the context")
     data.add_argument("--data-split", default="train", metavar="NAME", help="of a data set; default: train")
     data.add_argument("--data-config", metavar="NAME", help="of a data set on the hub")

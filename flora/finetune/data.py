@@ -310,6 +310,7 @@ def _json_rows(path: Path, prefix: str) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path, prefix: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # a program may be longer than the 128 kB that are usual
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         try:

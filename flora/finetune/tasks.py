@@ -30,7 +30,8 @@ from flora.models import LoadedModel
 from flora.pretrain.speech import HOP_FRAMES, augmented, log_mel_features
 
 IGNORED = -100  # a label that has no loss
-SCORED_AT_ONCE = 20
+SCORED_AT_ONCE = 20  # examples
+SCORED_TOKENS = 8192  # of a batch, padding among them: each has logits over the whole vocabulary
 GROUPED_BATCHES = 16  # batches whose examples are sorted by length among themselves
 HELD_OUT_SEED = 1
 CLIPS_FOLDER = Path("runs/speech")
@@ -220,8 +221,10 @@ class CodeTask(Task):
         before them."""
         loss = tokens = right_tokens = right = 0
         by_length = sorted(self.held_out, key=lambda example: len(example[0]) + len(example[1]))
-        for first in range(0, len(by_length), SCORED_AT_ONCE):
-            batch = self.collate(by_length[first : first + SCORED_AT_ONCE])
+        longest = len(by_length[-1][0]) + len(by_length[-1][1])
+        at_once = max(1, min(SCORED_AT_ONCE, SCORED_TOKENS // longest))
+        for first in range(0, len(by_length), at_once):
+            batch = self.collate(by_length[first : first + at_once])
             logits = model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits[:, :-1].float().cpu()
             targets = batch["labels"][:, 1:]  # (n, l - 1)
             counted = targets != IGNORED

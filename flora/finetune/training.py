@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -27,7 +28,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_pt_utils import safe_globals
 
 from flora.errors import DivergenceError, TrainingError
 from flora.finetune.adapters import settle
@@ -38,6 +38,7 @@ from flora.formats import WEIGHTS_FILE
 IDENTITY_FILE = "run.json"
 WRITING = "writing"  # the Trainer's own folder: whatever is in it is not finished
 LOCK_FILE = "lock"
+PLAIN_ARRAYS = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]  # what a random state is made of
 FULL_DISK = re.compile("No space left|os error 28|Disk quota|PytorchStreamWriter|file write failed|inline_container")
 
 
@@ -128,7 +129,7 @@ def refuse_broken(checkpoint: Path) -> None:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         for name in ("optimizer.pt", "scheduler.pt"):
             torch.load(checkpoint / name, map_location="cpu", weights_only=True)
-        with safe_globals():  # numpy's plain arrays
+        with torch.serialization.safe_globals(PLAIN_ARRAYS):
             torch.load(checkpoint / "rng_state.pth", map_location="cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise TrainingError(f"{checkpoint} cannot be read ({type(error).__name__}): give --restart to begin again") from error

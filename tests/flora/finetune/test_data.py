@@ -112,6 +112,19 @@ def test_sound_inside_a_data_set_is_read(clips_folder, tmp_path):
     assert found[1].audio == (clips_folder / "1.wav").read_bytes()
 
 
+def test_sound_inside_a_table_is_read(clips_folder, tmp_path):
+    content = (clips_folder / "1.wav").read_bytes()
+    rows = [{"audio": {"bytes": content, "path": "1.wav"}, "text": str(number)} for number in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    found, tally = clips(tmp_path / "x.parquet")
+    assert [clip.audio for clip in found] == [content] * 3 and not tally.bad
+
+
+def test_a_program_may_be_longer_than_a_cell_usually_is(tmp_path):
+    (tmp_path / "x.csv").write_text(f"text\n{'y' * 300_000}\nz\n")
+    assert [len(text.completion) for text in texts(tmp_path / "x.csv")] == [300_000, 1]
+
+
 # ----------------------------------------------------------------------------------------------------------------- bad rows
 
 BAD_LINES = {

@@ -111,7 +111,9 @@ def test_a_prompt_that_leaves_no_room_is_a_bad_row(code_model, tmp_path):
 
 
 @torch.inference_mode()
-def test_the_score_of_code_is_that_of_one_program_at_a_time(code_model, code_file):
+@pytest.mark.parametrize("tokens_at_once", [8192, 70, 1])
+def test_the_score_of_code_is_that_of_one_program_at_a_time(tokens_at_once, code_model, code_file, monkeypatch):
+    monkeypatch.setattr("flora.finetune.tasks.SCORED_TOKENS", tokens_at_once)
     task, _ = task_of(code_model, code_file, validation="0.5")
     assert task.num_held_out == 20
     nats, tokens, right, whole = 0.0, 0, 0, 0
