@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+import torch
 import transformers
 from hypothesis import HealthCheck, settings
 
@@ -21,6 +22,15 @@ transformers.utils.logging.disable_progress_bar()
 # A machine that is busy with something else makes examples slow, not wrong.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before():
+    """A command line's --threads is torch's setting for the whole process, and another number of threads rounds in another way."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
 
 RANKS = {"aa": {"flora": 1, "lora": 8}, "bb": {"flora": 3, "lora": 1}, "cc": {"flora": 8, "lora": 3}}
 """Tags of every tiny model, each with an adapter of both families; `bb`'s fLoRA was trained with the mean over components."""

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN = {"flora", "profiling", "app"} | {path.stem for path in ROOT.glob("tests/**/*")}
+OWN = {"flora", "profiling", "app", "tests"} | {path.stem for path in ROOT.glob("tests/**/*")}
 LARGEST_ASSET = 10 * 1024**2  # bytes; hosted demos want larger files out of plain git
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 BINARY = (".safetensors", ".flac", ".wav", ".png", ".ico", ".woff2")

@@ -24,6 +24,18 @@ _DOWNLOADS = ("scores JSONL", "scores CSV", "answers JSONL")
 _QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
+class _Menu(gr.Dropdown):
+    """A menu whose entries follow another one's choice: what was chosen before they changed is told as it is, not refused.
+
+    A visitor may choose twice before the first answer arrives, and gr.Dropdown knows only the newest entries.
+    """
+
+    is_template = True  # the browser's side is gr.Dropdown's
+
+    def preprocess(self, payload: Any) -> str | None:
+        return payload if isinstance(payload, str) else None
+
+
 def build_accuracy_tab(tab: gr.Tab, results_folder: Path) -> None:
     """Lay out the tab and wire it; call it inside `tab`'s context.
 
@@ -65,8 +77,8 @@ def build_accuracy_tab(tab: gr.Tab, results_folder: Path) -> None:
         with gr.Column(min_width=300, elem_classes="instrument"):
             gr.HTML('<h2 class="panel-title">what each one answers</h2>', apply_default_css=False)
             with gr.Row(elem_classes="controls"):
-                language = gr.Dropdown([], label="language", min_width=90, elem_id="accuracy-language", interactive=True)
-                item = gr.Dropdown([], label="item", min_width=160, elem_id="accuracy-item", interactive=True)
+                language = _Menu([], label="language", min_width=90, elem_id="accuracy-language", interactive=True)
+                item = _Menu([], label="item", min_width=160, elem_id="accuracy-item", interactive=True)
             clip = gr.Audio(
                 type="filepath",
                 label="the clip",

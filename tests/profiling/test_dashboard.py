@@ -12,6 +12,7 @@ import pytest
 from flora.engine import Agreement
 from flora.errors import RequestError
 from profiling.dashboard import device as device_module
+from profiling.dashboard.accuracy import _Menu
 from profiling.dashboard.code_html import highlighted, transcript
 from profiling.dashboard.device import Device, StopSignals
 from profiling.dashboard.live_plot import LivePlot, plot_value
@@ -218,3 +219,10 @@ def test_stop_signals_are_per_session_and_fresh_for_each_run():
     second = stops.flag("session")
     stops.forget("session")
     assert second.is_set() and stops.flag("session") is not second
+
+
+def test_a_choice_from_before_a_menu_changed_is_told_and_what_is_no_choice_is_not():
+    menu = _Menu(["cs_1", "cs_2"], render=False)
+    assert menu.preprocess("ar_1") == "ar_1" and menu.preprocess("cs_2") == "cs_2"
+    assert [menu.preprocess(value) for value in (None, 7, ["cs_1"], {"a": 1})] == [None] * 4
+    assert menu.get_block_name() == "dropdown"

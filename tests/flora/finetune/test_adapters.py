@@ -98,7 +98,7 @@ def test_the_start_is_the_base_model_and_the_seed_decides_it(method, checkpoints
         starts = []
         for seed in (0, 0, 1):
             model = add_adapter(recipe_for(base, method=method, seed=seed), base).eval()
-            assert torch.allclose(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+            assert torch.allclose(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
             starts.append([parameter.clone() for parameter in model.parameters() if parameter.requires_grad])
             remove_adapter(model)
         assert torch.equal(base(ids).logits, expected), "taking the adapter out leaves the model as it was"

@@ -207,7 +207,8 @@ def worst_moments(recipe, tmp_path_factory):
     can_mount = shutil.which("unshare") and not subprocess.run([*NEW_DISK, mount], capture_output=True).returncode
     if can_mount:
         words = [*NEW_DISK, f"{mount} && exec {shlex.join([*words, str(folder / 'disk')])}"]
-    killed = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    alike = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number would round in another way
+    killed = subprocess.run(words, cwd=PROJECT, env=alike, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     return folder, killed.stdout.splitlines() if can_mount else None
 
