@@ -44,7 +44,7 @@ PAPER_LEARNING_RATES = {
 }
 """The paper's, on StarCoder and Whisper large."""
 
-NARROW_LENGTH = (400, 16)
+NARROW_LENGTHS = {"code": (800, 16), "speech": (400, 16)}
 PAPER_LENGTHS = {"code": (1500, 8), "speech": (5000, 6)}
 """Steps, and examples in each."""
 
@@ -117,7 +117,7 @@ class Recipe:
         """The recipe with every open value filled in for the base model as it was loaded."""
         narrow = is_narrow(model)
         rates = LEARNING_RATES if narrow else PAPER_LEARNING_RATES
-        steps, batch_size = NARROW_LENGTH if narrow else PAPER_LENGTHS[self.kind]
+        steps, batch_size = (NARROW_LENGTHS if narrow else PAPER_LENGTHS)[self.kind]
         steps = steps if self.steps is None else self.steps
         filled = {
             "model": MODELS[self.kind],
