@@ -8,51 +8,27 @@ programs run in a sandbox. A language without a toolchain is not graded.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
-from pathlib import Path
 
-import torch
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from flora import ops
 from flora.engine import Engine, Request
 from flora.engine.request import TokenEvent
-from flora.errors import AdapterError, EvaluationError, ModelError, RequestError, UnknownAdapterError
-from flora.evaluate import intervals
-from flora.evaluate.checkpoints import (
-    SERVED_BY,
-    Checkpoint,
-    find_checkpoints,
-    given_checkpoints,
-    shipped_adapters,
-    shipped_model,
-)
+from flora.errors import EvaluationError, RequestError, UnknownAdapterError
+from flora.evaluate import command, intervals
+from flora.evaluate.checkpoints import SERVED_BY, Checkpoint
+from flora.evaluate.command import whole
 from flora.evaluate.intervals import Interval
 from flora.evaluate.pass_at_k import pass_at_k
 from flora.evaluate.problems import BENCHMARKS, CORPUS, HUB, TAGS, Problem, held_out_problems, hub_problems, read_problems
-from flora.evaluate.rows import (
-    METHODS,
-    PROJECT,
-    Answer,
-    Item,
-    Row,
-    Score,
-    Target,
-    confusion_table,
-    environment,
-    public_name,
-    score_table,
-    target_table,
-    text_table,
-    to_line,
-    write_rows,
-)
+from flora.evaluate.report import Target, confusion_table, needed_target, per_cent, points, score_table, target_table, text_table
+from flora.evaluate.results import Measured, score_rows
+from flora.evaluate.rows import METHODS, Answer, Item, Row, Score, public_name
 from flora.evaluate.sandbox import Limits, Result, find_sandbox
+from flora.evaluate.tasks import Key, Task, tasks_of
 from flora.evaluate.toolchains import WALL_PER_CPU, Grader, recipe
 
 CORPUS_PROBLEMS = 100
@@ -65,41 +41,7 @@ BASE_AT_MOST, FLORA_AT_LEAST, BEHIND_LORA_AT_MOST = 0.45, 0.75, 0.02  # mean pas
 # ------------------------------------------------------------------------------------------------------------ answering
 
 
-@dataclass(frozen=True)
-class Task:
-    """A problem and who answers it: a method with a checkpoint, or the base model with None. sample: from 0."""
-
-    problem: Problem
-    checkpoint: Checkpoint | None
-    sample: int = 0
-
-    @property
-    def method(self) -> str:
-        return self.checkpoint.method if self.checkpoint else "base"
-
-    @property
-    def key(self) -> tuple[str, str, str | None]:
-        return (self.problem.language, self.method, self.checkpoint.language if self.checkpoint else None)
-
-
-def tasks_of(
-    problems: Mapping[str, Sequence[Problem]],
-    checkpoints: Sequence[Checkpoint],
-    base: bool = True,
-    confusion: int = 0,
-    samples: int = 1,
-) -> list[Task]:
-    """Who answers what: every problem the base model and its language's adapters, and the first `confusion` problems of each
-    language the fLoRA adapters of all others too. Languages take turns, so that a batch holds adapters of several.
-    """
-    tasks: list[Task] = []
-    for index, row in enumerate(zip_longest(*problems.values())):
-        for problem in filter(None, row):
-            own = [checkpoint for checkpoint in checkpoints if checkpoint.language == problem.language]
-            others = [c for c in checkpoints if c.language != problem.language and c.method == "flora"]
-            who: list[Checkpoint | None] = [*([None] if base else []), *own, *(others if index < confusion else [])]
-            tasks += [Task(problem, checkpoint, sample) for checkpoint in who for sample in range(samples)]
-    return tasks
+ProblemTask = Task[Problem]
 
 
 @dataclass(frozen=True)
@@ -112,18 +54,17 @@ class Sampling:
     method: str | None = None
 
 
-def answer(engine: Engine, tasks: Sequence[Task], sampling: Sampling) -> Iterator[tuple[Task, str | None]]:
+def answer(engine: Engine, tasks: Sequence[ProblemTask], sampling: Sampling) -> Iterator[tuple[ProblemTask, str | None]]:
     """Completions as batches are done, cut at the stop tokens; None for a prompt that the model's context does not hold.
 
     Adapters of one family and the base model share batches. What is sampled depends on the seed and on a task's place among those
     of its engine's method.
     """
-    queues: dict[str, list[tuple[Task, Request]]] = {}
+    queues: dict[str, list[tuple[ProblemTask, Request]]] = {}
     for task in tasks:
         method = sampling.method or SERVED_BY[task.method]
-        name = task.checkpoint.name if task.checkpoint else None
         try:
-            request = Request(task.problem.prompt, None, None, name, sampling.max_new_tokens, sampling.temperature)
+            request = Request(task.item.prompt, None, None, task.adapter, sampling.max_new_tokens, sampling.temperature)
             engine.validate(request, method)
         except UnknownAdapterError:
             raise
@@ -134,7 +75,7 @@ def answer(engine: Engine, tasks: Sequence[Task], sampling: Sampling) -> Iterato
     for method, queue in queues.items():
         for first in range(0, len(queue), engine.max_batch_size):
             batch = queue[first : first + engine.max_batch_size]
-            problems, requests = [task.problem for task, _ in batch], [request for _, request in batch]
+            problems, requests = [task.item for task, _ in batch], [request for _, request in batch]
             texts = _generate(engine, problems, requests, method, sampling.seed, first)
             yield from ((task, text) for (task, _), text in zip(batch, texts, strict=True))
 
@@ -179,10 +120,6 @@ class Tally:
         return intervals.pass_rate(list(self.rates(k).values()))
 
 
-Key = tuple[str, str, str | None]
-"""language, method, adapter's language or None"""
-
-
 @dataclass
 class Grades:
     """What was answered and how it did. reasons: language → why it is not graded. unanswered: prompts longer than the context."""
@@ -194,29 +131,31 @@ class Grades:
     unanswered: int = 0
 
 
-def grade(grader: Grader, tasks: Sequence[Task], texts: Mapping[Task, str | None], workers: int | None = None) -> Grades:
+def grade(
+    grader: Grader, tasks: Sequence[ProblemTask], texts: Mapping[ProblemTask, str | None], workers: int | None = None
+) -> Grades:
     """Run the programs of all answers, equal ones once, with a progress bar on a terminal."""
-    programs = {task: (task.problem.language, task.problem.program(texts[task])) for task in tasks if texts[task] is not None}
+    programs = {task: (task.item.language, task.item.program(texts[task])) for task in tasks if texts[task] is not None}
     results: dict[tuple[str, str], Result | None] = {}
     grades = Grades(keys=list(dict.fromkeys(task.key for task in tasks)), unanswered=len(tasks) - len(programs))
     for task in tasks:
-        reason = grader.reason(task.problem.language, task.problem.tests)
+        reason = grader.reason(task.item.language, task.item.tests)
         if reason is not None:
-            grades.reasons.setdefault(task.problem.language, reason)
+            grades.reasons.setdefault(task.item.language, reason)
     graded = list(dict.fromkeys(program for program in programs.values() if program[0] not in grades.reasons))
     running = grader.grade_all(graded, workers)
     for program, result in tqdm(running, total=len(graded), unit="program", leave=False, disable=None):
         results[program] = result
     for task in tasks:
         text, result = texts[task], results.get(programs[task]) if task in programs else None
-        if task.problem.language not in grades.reasons:
-            grades.tallies.setdefault(task.key, Tally()).add(task.problem.name, result is not None and result.passed)
+        if task.item.language not in grades.reasons:
+            grades.tallies.setdefault(task.key, Tally()).add(task.item.name, result is not None and result.passed)
         if task.sample == 0 and text is not None:
-            grades.answers[task.key, task.problem.name] = (text, result)
+            grades.answers[task.key, task.item.name] = (text, result)
     return grades
 
 
-def measure(engine: Engine, grader: Grader, tasks: Sequence[Task], sampling: Sampling, workers: int | None = None) -> Grades:
+def measure(engine: Engine, grader: Grader, tasks: Sequence[ProblemTask], sampling: Sampling, workers: int | None = None) -> Grades:
     """Answer all tasks, then grade the answers."""
     answering = tqdm(answer(engine, tasks, sampling), total=len(tasks), unit="answer", leave=False, disable=None)
     return grade(grader, tasks, dict(answering), workers)
@@ -238,38 +177,14 @@ def scores_of(
 
     sources: language → where its problems are from. facts: the Score fields that are the same in all rows.
     """
-    by_name = {checkpoint.name: checkpoint for checkpoint in checkpoints}
-    surroundings = environment(engine)
-    order = {tag: index for index, tag in enumerate(sources)}
-    keys = sorted(grades.keys, key=lambda key: (order[key[0]], METHODS.index(key[1]), key[2] not in (None, key[0]), key[2] or ""))
-    scores = []
-    for language, method, adapter in keys:
-        checkpoint, tally = by_name.get(f"{adapter}/{method}"), grades.tallies.get((language, method, adapter))
-        for k in ks:
-            interval = None if tally is None else tally.rate(k)
-            scores.append(
-                Score(
-                    task="code",
-                    language=language,
-                    method=method,
-                    adapter=adapter,
-                    metric=f"pass@{k}",
-                    value=None if interval is None else round(interval.value, 6),
-                    low=None if interval is None or interval.low is None else round(interval.low, 6),
-                    high=None if interval is None or interval.high is None else round(interval.high, 6),
-                    confidence=intervals.CONFIDENCE,
-                    items=0 if tally is None else len(tally.samples),
-                    samples=samples,
-                    graded=tally is not None,
-                    reason=grades.reasons.get(language),
-                    checkpoint=None if checkpoint is None else public_name(checkpoint.source),
-                    rank=None if checkpoint is None else max(engine.adapters[checkpoint.name].ranks.values()),
-                    source=sources[language],
-                    **facts,
-                    **surroundings,
-                )
-            )
-    return scores
+    measured = {}
+    for key in grades.keys:
+        tally, reason = grades.tallies.get(key), grades.reasons.get(key[0])
+        measured[key] = {
+            f"pass@{k}": Measured(None, 0, reason) if tally is None else Measured(tally.rate(k), len(tally.samples), reason)
+            for k in ks
+        }
+    return score_rows("code", measured, engine, checkpoints, sources, {"samples": samples, **facts})
 
 
 def answers_of(grades: Grades, problems: Mapping[str, Sequence[Problem]]) -> list[Row]:
@@ -328,57 +243,34 @@ def targets(tallies: Mapping[Key, Tally], languages: Sequence[str], adapters: Se
     return [
         Target(
             f"base model: {number} at most {100 * BASE_AT_MOST:.0f} %",
-            _per_cent(base),
+            per_cent(base),
             None if base is None else base.value <= BASE_AT_MOST,
         ),
         Target(
             f"fLoRA: {number} at least {100 * FLORA_AT_LEAST:.0f} %",
-            _per_cent(flora),
+            per_cent(flora),
             None if flora is None else flora.value >= FLORA_AT_LEAST,
         ),
         Target(
             f"fLoRA − LoRA at least −{100 * BEHIND_LORA_AT_MOST:.0f} points",
-            _points(ahead_of_lora),
+            points(ahead_of_lora),
             None if ahead_of_lora is None else ahead_of_lora.value >= -BEHIND_LORA_AT_MOST,
         ),
-        Target("fLoRA − IA3 above 0", _points(ahead_of_ia3), None if ahead_of_ia3 is None else ahead_of_ia3.value > 0.0),
-        _needed(tallies, languages, adapters),
+        Target("fLoRA − IA3 above 0", points(ahead_of_ia3), None if ahead_of_ia3 is None else ahead_of_ia3.value > 0.0),
+        needed_target(tallies, languages, adapters, _worse_by, " behind"),
     ]
 
 
-def _needed(tallies: Mapping[Key, Tally], languages: Sequence[str], adapters: Sequence[str]) -> Target:
-    """Each adapter is needed: on no language does another one's come near its own."""
-    what = "every other language's fLoRA adapter is clearly worse"
-    pairs = [(tag, other) for tag in languages for other in adapters if other != tag]
-    if not pairs or any((tag, "flora", adapter) not in tallies for tag, other in pairs for adapter in (tag, other)):
-        return Target(what, None, None)
-    leads = {}
-    for tag, other in pairs:
-        wrong, right = tallies[tag, "flora", other].rates(), tallies[tag, "flora", tag].rates()
-        leads[tag, other] = intervals.ratio_difference([right[name] for name in wrong], list(wrong.values()))
-    worse = sum(lead.low is not None and lead.low > 0.0 for lead in leads.values())
-    (tag, other), nearest = min(leads.items(), key=lambda pair: pair[1].value)
-    return Target(what, f"{worse} of {len(pairs)}; nearest: {other}'s on {tag} {_points(nearest)} behind", worse == len(pairs))
-
-
-def _per_cent(interval: Interval | None) -> str | None:
-    if interval is None:
-        return None
-    ends = "" if interval.low is None else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    return f"{100 * interval.value:.1f} %{ends}"
-
-
-def _points(interval: Interval | None) -> str | None:
-    if interval is None:
-        return None
-    ends = "" if interval.low is None else f" [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
-    return f"{100 * interval.value:+.1f} points{ends}"
+def _worse_by(right: Tally, wrong: Tally) -> Interval:
+    """How far the wrong adapter's pass@1 lies below the right one's, on the problems of the wrong one."""
+    rates, of_wrong = right.rates(), wrong.rates()
+    return intervals.ratio_difference([rates[name] for name in of_wrong], list(of_wrong.values()))
 
 
 def tables(grades: Grades, scores: Sequence[Score], ks: Sequence[int]) -> str:
     """The scores for a terminal: a table for each k, each method's mean with its interval, the confusion matrix, the reasons."""
     languages = list(dict.fromkeys(tag for tag, method, adapter in grades.tallies if adapter in (None, tag)))
-    means = [(method, _per_cent(mean_of(grades.tallies, method, languages))) for method in METHODS]
+    means = [(method, per_cent(mean_of(grades.tallies, method, languages))) for method in METHODS]
     parts = [score_table(scores, f"pass@{k}") for k in ks]
     if len(languages) > 1 and any(mean for _, mean in means):
         heads = ["method", f"mean pass@1 of {len(languages)} languages"]
@@ -389,29 +281,6 @@ def tables(grades: Grades, scores: Sequence[Score], ks: Sequence[int]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- command
-
-
-def _whole(lowest: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = lowest - 1
-        if number < lowest:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {lowest}, not {text!r}")
-        return number
-
-    return whole
-
-
-def _temperature(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not (math.isfinite(number) and number >= 0.0):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
-    return number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -431,114 +300,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--dataset", choices=BENCHMARKS, help=f"problems of {HUB} on the hub: {' or '.join(BENCHMARKS)}")
     data.add_argument("--languages", nargs="+", metavar="TAG", help=f"default: those of --data, else {' '.join(TAGS)}")
     data.add_argument(
-        "--problems", type=_whole(1), metavar="N", help=f"per language; default: {CORPUS_PROBLEMS} of the corpus, else all"
+        "--problems", type=whole(1), metavar="N", help=f"per language; default: {CORPUS_PROBLEMS} of the corpus, else all"
     )
-    who = parser.add_argument_group("who answers")
-    who.add_argument("--model", metavar="MODEL", help="folder, hub id or short name; default: the embedded code model")
-    who.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="TAG[/METHOD]=FOLDER",
-        help="an adapter of a language, folder or hub id; may be given many times",
-    )
-    who.add_argument("--adapters", type=Path, metavar="FOLDER", help="folder of adapters TAG/METHOD; default: those that ship")
-    who.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=" ".join(METHODS))
+    who = command.add_who(parser, "who answers", "code", "problems", CONFUSION_PROBLEMS)
     who.add_argument(
         "--method", choices=ops.METHODS, metavar="METHOD", help="of the engine, for all adapters; default: flora, for LoRA bmm-lora"
     )
-    who.add_argument(
-        "--confusion",
-        type=_whole(0),
-        metavar="N",
-        help=f"every language's fLoRA adapter on N problems of every other; default: {CONFUSION_PROBLEMS} with --report, else 0",
-    )
     how = parser.add_argument_group("how")
-    how.add_argument("-n", "--samples", type=_whole(1), default=1, metavar="N", help="answers to each problem; default: 1")
-    how.add_argument("-k", "--k", nargs="+", type=_whole(1), default=[1], metavar="K", help="pass@k for each; default: 1")
-    how.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 is greedy; default: 0")
+    how.add_argument("-n", "--samples", type=whole(1), default=1, metavar="N", help="answers to each problem; default: 1")
+    how.add_argument("-k", "--k", nargs="+", type=whole(1), default=[1], metavar="K", help="pass@k for each; default: 1")
+    how.add_argument("--temperature", type=command.temperature, default=0.0, metavar="T", help="0 is greedy; default: 0")
     lengths = f"default: {CORPUS_TOKENS} for the corpus, else {MULTIPL_E_TOKENS}"
-    how.add_argument("--max-new-tokens", type=_whole(1), metavar="N", help=lengths)
-    how.add_argument("--seed", type=_whole(0), default=1, metavar="N", help="of the corpus's problems and of sampling; default: 1")
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda; default: auto")
-    how.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16; default: auto")
-    how.add_argument("--quantize", choices=("int8", "nf4"), help="load the base model quantised")
-    how.add_argument("--batch-size", type=_whole(1), default=32, metavar="N", help="answers at once; default: 32")
-    how.add_argument("--threads", type=_whole(1), metavar="N", help="torch's CPU threads; default: torch's own choice")
+    how.add_argument("--max-new-tokens", type=whole(1), metavar="N", help=lengths)
+    how.add_argument("--seed", type=whole(0), default=1, metavar="N", help="of the corpus's problems and of sampling; default: 1")
+    command.add_how(how, "answers")
     limits = parser.add_argument_group("how programs run")
-    limits.add_argument("--workers", type=_whole(1), metavar="N", help="programs at a time; default: one per processor")
+    limits.add_argument("--workers", type=whole(1), metavar="N", help="programs at a time; default: one per processor")
     cpu_s, megabytes = Limits.cpu_s, Limits.memory_bytes >> 20
-    limits.add_argument("--cpu-limit", type=_whole(1), default=cpu_s, metavar="S", help=f"seconds of computing; default: {cpu_s}")
-    limits.add_argument("--memory-limit", type=_whole(256), default=megabytes, metavar="MB", help=f"default: {megabytes}")
+    limits.add_argument("--cpu-limit", type=whole(1), default=cpu_s, metavar="S", help=f"seconds of computing; default: {cpu_s}")
+    limits.add_argument("--memory-limit", type=whole(256), default=megabytes, metavar="MB", help=f"default: {megabytes}")
     limits.add_argument(
         "--unsafe",
         action="store_true",
         help="where neither bubblewrap nor namespaces work: run generated programs all the same, with limits alone",
     )
-    out = parser.add_argument_group("what is left behind")
-    out.add_argument("--json", metavar="FILE", help="write the scores as JSONL rows; - for the terminal")
-    out.add_argument(
-        "--report",
-        action="store_true",
-        help="also the confusion matrix, answers to a few problems, and whether each target holds; written to --results",
-    )
-    out.add_argument(
-        "--results",
-        type=Path,
-        metavar="FOLDER",
-        help="where --report merges accuracy_code.jsonl and answers_code.jsonl; default: assets/results",
-    )
+    command.add_out(parser, "code", "a few problems")
 
 
 def main(options: argparse.Namespace) -> int:
     """Evaluate as the options say, print a table, write rows; 0 for done. Raises a FloraError for bad input."""
-    embedded = not (options.model or options.adapter or options.adapters or options.data or options.dataset)
-    if options.report and options.results is None and not embedded:
-        raise EvaluationError("name a folder with --results: only the embedded model's own report goes to assets/results")
+    said = command.begin(options)
     if max(options.k) > options.samples:
         k = max(options.k)
         raise EvaluationError(f"pass@{k} needs at least as many answers to each problem: give --samples {k}")
     if options.samples > 1 and options.temperature == 0.0:
         raise EvaluationError(f"{options.samples} greedy answers are all the same: give a --temperature above 0, such as 0.2")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    said = sys.stderr if options.json == "-" else sys.stdout  # rows on stdout stay alone there
-    confusion = options.confusion if options.confusion is not None else CONFUSION_PROBLEMS if options.report else 0
+    confusion = command.number_of_confusion(options, CONFUSION_PROBLEMS)
     base, ks = "base" in options.methods, sorted(set(options.k))
 
     run_limits = Limits(wall_s=WALL_PER_CPU * options.cpu_limit, cpu_s=options.cpu_limit, memory_bytes=options.memory_limit << 20)
     grader = Grader(find_sandbox(options.unsafe), run_limits)
     problems, source = _problems(options)
-    checkpoints, missing = _checkpoints(options, list(problems), confusion)
-    if not base and not checkpoints:
-        raise EvaluationError(f"nothing to evaluate: there is no adapter of {', '.join(problems)} by {', '.join(options.methods)}")
-    if missing:
-        print(f"left out, since there is no such adapter: {', '.join(missing)}", file=sys.stderr)
-    model = options.model or shipped_model("code")
-    engine = Engine.from_pretrained(
-        model,
-        {checkpoint.name: checkpoint.source for checkpoint in checkpoints},
-        device=options.device,
-        dtype=options.dtype,
-        quantize=options.quantize,
-        max_batch_size=options.batch_size,
+    checkpoints, missing = command.chosen_checkpoints(
+        options, list(problems), TAGS, confusion, lambda tag: f"problems: they are in {', '.join(problems)}"
     )
-    if engine.kind != "code":
-        raise ModelError(f"--model names the speech model {engine.name!r}: give one that continues text")
+    command.say_what_is_missing(missing)
+    engine = command.load_engine(options, checkpoints, "one that continues text")
 
     # Of a language that is not graded a few answers are enough to read.
     asked = {
         tag: part if all(grader.reason(tag, problem.tests) is None for problem in part) else part[:EXAMPLES]
         for tag, part in problems.items()
     }
-    tasks = tasks_of(asked, checkpoints, base, confusion, options.samples)
+    tasks = list(tasks_of(asked, checkpoints, base, confusion, options.samples))
     max_new_tokens = options.max_new_tokens or (CORPUS_TOKENS if source == CORPUS else MULTIPL_E_TOKENS)
     sampling = Sampling(options.temperature, max_new_tokens, options.seed, options.method)
     grades = measure(engine, grader, tasks, sampling, options.workers)
     facts = {
-        "model": public_name(model),
+        "model": public_name(command.model_name(options)),
         "temperature": options.temperature,
         "seed": options.seed,
         "command": options.command,
@@ -547,14 +366,10 @@ def main(options: argparse.Namespace) -> int:
     print(tables(grades, scores, ks), file=said)
     if grades.unanswered:
         print(f"{grades.unanswered} prompts are longer than the model's context and count as not passed", file=sys.stderr)
-    if options.json == "-":
-        sys.stdout.writelines(to_line(score) + "\n" for score in scores)
-    elif options.json:
-        write_rows(options.json, scores)
+    command.write_json(options, scores)
     if options.report:
-        results = options.results or PROJECT / "assets" / "results"
-        write_rows(results / "accuracy_code.jsonl", scores, merge=True)
-        write_rows(results / "answers_code.jsonl", answers_of(grades, problems), merge=True)
+        command.merge_results(options, "accuracy", scores)
+        command.merge_results(options, "answers", answers_of(grades, problems))
         languages = [tag for tag in problems if tag not in grades.reasons]
         print(f"\n{target_table(targets(grades.tallies, languages))}", file=said)
     return 0
@@ -592,23 +407,3 @@ def _problems(options: argparse.Namespace) -> tuple[dict[str, list[Problem]], st
             raise EvaluationError(f"there are two problems {twice!r} in {tag}: give each a name of its own")
         chosen[tag] = part
     return chosen, source
-
-
-def _checkpoints(options: argparse.Namespace, languages: Sequence[str], confusion: int) -> tuple[list[Checkpoint], list[str]]:
-    """The adapters to judge on `languages`, with `confusion` the fLoRA adapters of others too; and the names of what is missing."""
-    missing: list[str] = []
-    if options.adapter:
-        checkpoints = [checkpoint for checkpoint in given_checkpoints(options.adapter) if checkpoint.method in options.methods]
-    elif options.model and not options.adapters:
-        return [], []
-    else:
-        folder = options.adapters or shipped_adapters("code")
-        if not folder.is_dir():
-            raise AdapterError(f"there is no folder {folder.name!r}: give one that holds adapters as TAG/METHOD")
-        checkpoints, missing = find_checkpoints(folder, dict.fromkeys([*languages, *TAGS]), options.methods)
-        missing = [name for name in missing if name.partition("/")[0] in languages]
-    used = [c for c in checkpoints if c.language in languages or (confusion and c.method == "flora")]
-    if options.adapter and len(used) < len(checkpoints):
-        idle = next(checkpoint for checkpoint in checkpoints if checkpoint not in used)
-        raise EvaluationError(f"adapter {idle.name} has no problems: they are in {', '.join(languages)}")
-    return used, missing

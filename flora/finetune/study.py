@@ -25,7 +25,8 @@ from torch import nn
 from tqdm import tqdm
 
 from flora.errors import DataError, DivergenceError, FloraError, TrainingError
-from flora.evaluate.rows import text_table, versions
+from flora.evaluate.report import text_table
+from flora.evaluate.rows import versions
 from flora.finetune import load_base
 from flora.finetune.__main__ import Parser, quiet
 from flora.finetune.adapters import add_adapter, remove_adapter, round_to_half

@@ -29,11 +29,11 @@ from flora.evaluate.code import (
     scores_of,
     tables,
     targets,
-    tasks_of,
 )
 from flora.evaluate.problems import CORPUS, TAGS, Problem, held_out_problems
 from flora.evaluate.rows import PROJECT, Answer, Item, Score, read_rows
 from flora.evaluate.sandbox import Result, find_sandbox
+from flora.evaluate.tasks import tasks_of
 from flora.evaluate.toolchains import Grader
 
 
@@ -65,7 +65,7 @@ LUA, LUA_LORA, RUBY = Checkpoint("lua", "flora", "a"), Checkpoint("lua", "lora",
 
 
 def test_who_answers_what():
-    tasks = tasks_of({"lua": problems_of("lua", 3), "rb": problems_of("rb", 2)}, [LUA, LUA_LORA, RUBY], confusion=2)
+    tasks = list(tasks_of({"lua": problems_of("lua", 3), "rb": problems_of("rb", 2)}, [LUA, LUA_LORA, RUBY], confusion=2))
     keys = [task.key for task in tasks]
     assert {key: keys.count(key) for key in keys} == {
         ("lua", "base", None): 3,
@@ -76,13 +76,13 @@ def test_who_answers_what():
         ("rb", "flora", "rb"): 2,
         ("rb", "flora", "lua"): 2,
     }
-    assert [task.problem.language for task in tasks[:7]] == ["lua"] * 4 + ["rb"] * 3, "languages take turns"
+    assert [task.item.language for task in tasks[:7]] == ["lua"] * 4 + ["rb"] * 3, "languages take turns"
     assert len(set(tasks)) == len(tasks)
 
 
 def test_every_sample_is_a_task_and_the_base_model_can_stay_out():
-    tasks = tasks_of({"lua": problems_of("lua", 2)}, [LUA], base=False, samples=3)
-    assert [(task.problem.name, task.sample) for task in tasks] == [
+    tasks = list(tasks_of({"lua": problems_of("lua", 2)}, [LUA], base=False, samples=3))
+    assert [(task.item.name, task.sample) for task in tasks] == [
         (f"problem {number}", sample) for number in (0, 1) for sample in (0, 1, 2)
     ]
     assert {task.method for task in tasks} == {"flora"}
@@ -107,13 +107,13 @@ def judged(checkpoints, tmp_path_factory) -> tuple[Engine, list[Checkpoint]]:
 
 def test_answers_are_those_of_one_request_at_a_time(judged):
     engine, checkpoints = judged
-    tasks = tasks_of({"lua": problems_of("lua", 3), "rb": problems_of("rb", 3)}, checkpoints, confusion=1)
+    tasks = list(tasks_of({"lua": problems_of("lua", 3), "rb": problems_of("rb", 3)}, checkpoints, confusion=1))
     texts = dict(answer(engine, tasks, Sampling(max_new_tokens=7)))
     assert texts.keys() == set(tasks) and len({text for text in texts.values()}) > 5
     for task in tasks:
         adapter = task.checkpoint.name if task.checkpoint else None
         method = {"lora": "loop-lora"}.get(task.method, "flora")
-        (alone,) = engine.generate([Request(task.problem.prompt, None, None, adapter, 7)], method)
+        (alone,) = engine.generate([Request(task.item.prompt, None, None, adapter, 7)], method)
         assert texts[task] == alone.text, task.key
 
 
@@ -132,7 +132,7 @@ def test_answers_end_before_a_stop_token_and_the_rest_is_not_generated(judged, m
         return generation
 
     monkeypatch.setattr(Engine, "start", counted)
-    (cut,) = (text for task, text in answer(engine, tasks_of(problems, [])[:1], Sampling(max_new_tokens=60)))
+    (cut,) = (text for task, text in answer(engine, list(tasks_of(problems, []))[:1], Sampling(max_new_tokens=60)))
     assert cut == plain[: plain.index(stop)]
     assert 0 < len(steps) < 30
 
@@ -141,21 +141,21 @@ def test_a_prompt_longer_than_the_context_has_no_answer(judged):
     engine, _ = judged
     long = Problem("long", "lua", "x" * 500, "right")
     texts = {
-        task.problem.name: text for task, text in answer(engine, tasks_of({"lua": [long, *problems_of("lua", 1)]}, []), Sampling())
+        task.item.name: text for task, text in answer(engine, tasks_of({"lua": [long, *problems_of("lua", 1)]}, []), Sampling())
     }
     assert texts["long"] is None and texts["problem 0"]
 
 
 def test_an_adapter_that_is_not_loaded_is_no_missing_answer(judged):
     engine, _ = judged
-    tasks = tasks_of({"lua": problems_of("lua", 1)}, [Checkpoint("lua", "other", "x")])
+    tasks = list(tasks_of({"lua": problems_of("lua", 1)}, [Checkpoint("lua", "other", "x")]))
     with pytest.raises(UnknownAdapterError, match="lua/other"):
         list(answer(engine, tasks, Sampling(method="flora")))
 
 
 def test_what_is_sampled_depends_on_the_seed_and_not_on_the_batch(judged, checkpoints):
     engine, _ = judged
-    tasks = tasks_of({"lua": problems_of("lua", 3)}, [], samples=3)
+    tasks = list(tasks_of({"lua": problems_of("lua", 3)}, [], samples=3))
     hot = Sampling(temperature=1.0, max_new_tokens=6, seed=5)
     drawn = dict(answer(engine, tasks, hot))
     assert dict(answer(engine, tasks, hot)) == drawn
@@ -178,9 +178,9 @@ def test_a_tally_is_pass_at_k_over_problems():
 
 def test_answers_are_graded_once_each_and_counted_by_who_gave_them():
     problems = {"lua": [Problem("one", "lua", "p\n", "t"), Problem("two", "lua", "q\n", "t")]}
-    tasks = tasks_of(problems, [LUA, LUA_LORA])
-    texts = {task: "right" if task.method != "base" and task.problem.name == "one" else "wrong" for task in tasks}
-    texts[next(task for task in tasks if task.method == "lora" and task.problem.name == "two")] = None
+    tasks = list(tasks_of(problems, [LUA, LUA_LORA]))
+    texts = {task: "right" if task.method != "base" and task.item.name == "one" else "wrong" for task in tasks}
+    texts[next(task for task in tasks if task.method == "lora" and task.item.name == "two")] = None
     grader = FakeGrader()
     grades = grade(grader, tasks, texts)
     assert sorted(grader.graded) == [("lua", "p\nright\nt"), ("lua", "p\nwrong\nt"), ("lua", "q\nwrong\nt")]
@@ -193,7 +193,7 @@ def test_answers_are_graded_once_each_and_counted_by_who_gave_them():
 
 def test_what_cannot_be_graded_counts_neither_way():
     problems = {"swift": problems_of("swift", 2), "lua": [Problem("one", "lua", "p", "library")], "rb": problems_of("rb", 1)}
-    tasks = tasks_of(problems, [])
+    tasks = list(tasks_of(problems, []))
     grader = FakeGrader()
     grades = grade(grader, tasks, dict.fromkeys(tasks, "right"))
     assert grades.reasons == {"swift": "Swift is not installed", "lua": "the library is not installed"}
@@ -203,7 +203,7 @@ def test_what_cannot_be_graded_counts_neither_way():
 
 
 def test_of_many_samples_the_first_is_kept_to_be_read():
-    tasks = tasks_of({"lua": [Problem("one", "lua", "p\n", "t")]}, [], samples=3)
+    tasks = list(tasks_of({"lua": [Problem("one", "lua", "p\n", "t")]}, [], samples=3))
     grades = grade(FakeGrader(), tasks, dict(zip(tasks, ("wrong", "right", "right"), strict=True)))
     assert grades.answers[("lua", "base", None), "one"][0] == "wrong"
     assert grades.tallies["lua", "base", None].rates(1)["one"] == pytest.approx(2 / 3)
@@ -216,8 +216,8 @@ def test_answers_written_by_hand_pass_and_fail_in_the_sandbox():
         pytest.skip(str(error))
     tags = [tag for tag in ("lua", "pl", "rb", "r") if grader.reason(tag) is None] or pytest.skip("there is no toolchain")
     problems = {tag: held_out_problems([tag], 2, seed=5) for tag in tags}
-    tasks = tasks_of(problems, [Checkpoint(tag, "flora", "x") for tag in tags])
-    texts = {task: task.problem.reference if task.method == "flora" else "" for task in tasks}
+    tasks = list(tasks_of(problems, [Checkpoint(tag, "flora", "x") for tag in tags]))
+    texts = {task: task.item.reference if task.method == "flora" else "" for task in tasks}
     grades = grade(grader, tasks, texts)
     for tag in tags:
         assert grades.tallies[tag, "flora", tag].rate().value == 1.0
@@ -233,11 +233,11 @@ FACTS = {"model": "assets/models/code", "temperature": 0.0, "seed": 1, "command"
 def test_a_row_for_every_number(judged):
     engine, checkpoints = judged
     problems = {"swift": problems_of("swift", 2), "lua": problems_of("lua", 4)}
-    tasks = tasks_of(problems, checkpoints, confusion=2, samples=2)
+    tasks = list(tasks_of(problems, checkpoints, confusion=2, samples=2))
     # Two of the four, in both samples; every other test has its answer in the first sample alone.
     right = {"problem 0": (0, 1), "problem 1": (0,), "problem 2": (), "problem 3": (0, 1)}
-    tasks = [replace(task, problem=replace(task.problem, tests="t")) for task in tasks]
-    texts = {task: "right" if task.sample in right[task.problem.name] and task.checkpoint else "wrong" for task in tasks}
+    tasks = [replace(task, item=replace(task.item, tests="t")) for task in tasks]
+    texts = {task: "right" if task.sample in right[task.item.name] and task.checkpoint else "wrong" for task in tasks}
     grades = grade(FakeGrader(), tasks, texts)
     scores = scores_of(grades, engine, checkpoints, {"swift": "x.jsonl", "lua": CORPUS}, (1, 2), 2, FACTS)
     keys = [(score.language, score.method, score.adapter) for score in scores[::2]]
@@ -273,7 +273,7 @@ def test_a_row_for_every_number(judged):
 def test_answers_to_the_first_problems_of_each_language():
     problems = {"lua": [replace(problem, tests="t", reference="r") for problem in problems_of("lua", EXAMPLES + 3)],
                 "swift": problems_of("swift", 1)}  # fmt: skip
-    tasks = tasks_of(problems, [LUA, RUBY], confusion=2)
+    tasks = list(tasks_of(problems, [LUA, RUBY], confusion=2))
     grades = grade(FakeGrader(), tasks, {task: "right" if task.checkpoint else "wrong" for task in tasks})
     rows = answers_of(grades, problems)
     items = [row for row in rows if isinstance(row, Item)]
@@ -348,7 +348,7 @@ def test_means_are_of_languages_with_intervals_of_problems():
 
 def test_tables_say_what_was_not_graded(judged):
     engine, checkpoints = judged
-    tasks = tasks_of({"lua": problems_of("lua", 2), "swift": problems_of("swift", 1)}, checkpoints, confusion=1)
+    tasks = list(tasks_of({"lua": problems_of("lua", 2), "swift": problems_of("swift", 1)}, checkpoints, confusion=1))
     grades = grade(FakeGrader(), tasks, dict.fromkeys(tasks, "x"))
     scores = scores_of(grades, engine, checkpoints, {"lua": CORPUS, "swift": CORPUS}, (1,), 1, FACTS)
     shown = tables(grades, scores, (1,))

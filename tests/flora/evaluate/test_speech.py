@@ -10,7 +10,7 @@ from tiny_models import load_plain
 
 from flora import Engine, Request
 from flora.evaluate import speech
-from flora.evaluate.checkpoints import Checkpoint
+from flora.evaluate.checkpoints import Checkpoint, shipped_model
 from flora.evaluate.clips import Clip, example_clips
 from flora.evaluate.rows import PROJECT
 from flora.evaluate.speech import (
@@ -22,10 +22,10 @@ from flora.evaluate.speech import (
     normaliser,
     scores_of,
     targets,
-    tasks_of,
     transcribe,
     word_errors,
 )
+from flora.evaluate.tasks import tasks_of
 
 # -------------------------------------------------------------------------------------------------------------- scoring
 
@@ -118,7 +118,7 @@ def test_who_transcribes_what(clips, judged):
     assert keys.count(("aa", "base", None)) == keys.count(("bb", "lora", "bb")) == keys.count(("aa", "ia3", "aa")) == 4
     assert keys.count(("aa", "flora", "bb")) == keys.count(("bb", "flora", "cc")) == 2, "the wrong adapters' share"
     assert ("aa", "lora", "bb") not in keys and ("bb", "ia3", "aa") not in keys
-    assert [task.clip.language for task in tasks[:7]] == ["aa"] * 6 + ["bb"], "languages take turns"
+    assert [task.item.language for task in tasks[:7]] == ["aa"] * 6 + ["bb"], "languages take turns"
     without = list(tasks_of(made_clips(clips, "bb", "dd"), checkpoints, base=False))
     assert {task.key for task in without} == {("bb", "flora", "bb"), ("bb", "lora", "bb")}
 
@@ -132,10 +132,10 @@ def test_in_mixed_batches_everybody_hears_what_he_hears_alone(clips, judged):
         [("aa", "ia3", "aa"), ("bb", "flora", "cc"), ("cc", "lora", "cc")], [0, 3]
     ):
         task, text = [pair for pair in heard if pair[0].key == (language, method, adapter)][task_index]
-        request = Request(audio=task.clip.samples, sampling_rate=16000, adapter=f"{adapter}/{method}", max_new_tokens=12)
+        request = Request(audio=task.item.samples, sampling_rate=16000, adapter=f"{adapter}/{method}", max_new_tokens=12)
         (alone,) = engine.generate([request], method="loop-lora" if method == "lora" else "flora")
         assert alone.text == text
-    order = [task.clip.name for task, _ in heard if task.key == ("cc", "base", None)]
+    order = [task.item.name for task, _ in heard if task.key == ("cc", "base", None)]
     assert order == [f"cc {index}" for index in range(4)], "a method's clips stay in their order, so that methods can be paired"
 
 
@@ -144,7 +144,7 @@ def test_measuring_counts_the_errors_of_what_was_heard(clips, judged, checkpoint
     engine, found = judged
     perfect = [c for c in found if c.name == "bb/flora"]
     truth = transcribe(engine, tasks_of(made_clips(clips, "bb"), perfect, base=False))
-    said = {task.clip.name: text for task, text in truth}
+    said = {task.item.name: text for task, text in truth}
     heard = {"bb": _Known([Clip(c.name, "bb", said[c.name], c.samples) for c in made_clips(clips, "bb")["bb"]])}
     tallies = measure(engine, heard, found, confusion=3)
     assert set(tallies) == {
@@ -192,7 +192,7 @@ def test_the_embedded_adapters_hear_the_clips_that_ship():
     """Loosely: better than the base model."""
     folder = PROJECT / "assets" / "adapters" / "speech"
     found = [Checkpoint(tag, "flora", str(folder / tag / "flora")) for tag in ("cs", "hi")]
-    engine = Engine.from_pretrained(speech.shipped_model("speech"), {c.name: c.source for c in found}, device="cpu")
+    engine = Engine.from_pretrained(shipped_model("speech"), {c.name: c.source for c in found}, device="cpu")
     examples = [clip for clip in example_clips(PROJECT / speech.EXAMPLES) if clip.language in ("cs", "hi")]
     answers = [row for row in answers_of(engine, examples, found, speech.EXAMPLES) if row.kind == "answer"]
     mean = {method: np.mean([a.wer for a in answers if a.method == method]) for method in ("base", "flora")}
