@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_argument("--data-dir", metavar="FOLDER", help="inside a data set on the hub, such as data/lua of The Stack")
 
     training = parser.add_argument_group("training; the defaults suit the method and the model's size")
-    training.add_argument("--steps", type=int, metavar="N", help="default: 400; large models 1500 for code, 5000 for speech")
+    training.add_argument("--steps", type=int, metavar="N", help="default: 800 for code, 400 for speech; large models 1500, 5000")
     training.add_argument("--batch-size", type=int, metavar="N", help="examples at once; default: 16; large models 8 and 6")
     training.add_argument("--gradient-accumulation", type=int, default=1, metavar="N", help="batches in a step; default: 1")
     training.add_argument(
