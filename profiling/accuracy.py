@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from flora.corpus.code import LANGUAGES as CODE_LANGUAGES
 from flora.corpus.speech import LANGUAGES as SPEECH_LANGUAGES
 from flora.errors import EvaluationError
-from flora.evaluate.rows import METHODS, Answer, Item, Row, Score, read_rows
+from flora.evaluate.rows import METHODS, Answer, Item, Mean, Row, Score, read_rows
 
 if TYPE_CHECKING:
     import pandas
@@ -124,6 +124,7 @@ class Recorded:
     items: tuple[Item, ...] = ()
     answers: tuple[Answer, ...] = ()
     complaints: tuple[str, ...] = ()
+    means: tuple[Mean, ...] = ()
 
 
 def report_command(task: str) -> str:
@@ -144,6 +145,7 @@ def read_recorded(folder: str | Path, task: str) -> Recorded:
         tuple(row for row in rows if isinstance(row, Item)),
         tuple(row for row in rows if isinstance(row, Answer)),
         tuple(filter(None, (no_scores, no_answers))),
+        tuple(row for row in rows if isinstance(row, Mean)),
     )
 
 
@@ -153,38 +155,9 @@ def _read(path: Path, what: str) -> tuple[list[Row], str]:
         return [], f"No {what} are recorded yet: there is no {path.name}."
     try:
         rows = read_rows(path)
-        for row in rows:
-            _check(row, path.name)
     except EvaluationError as error:
         return [], f"The recorded {what} cannot be shown: {error}."
     return rows, "" if rows else f"No {what} are recorded yet: {path.name} is empty."
-
-
-_TEXTS = ("task", "language", "method", "metric", "item", "model", "source", "dtype", "device", "command", "text", "reference")
-_TEXTS_OR_NONE = ("adapter", "reason", "checkpoint", "prompt", "clip", "outcome")
-_NUMBERS = ("confidence", "items", "samples", "temperature", "seed")
-_NUMBERS_OR_NONE = ("value", "low", "high", "rank", "wer")
-
-
-def _check(row: Row, name: str) -> None:
-    """EvaluationError for a row whose values are of another type than the field's: what was written by hand, or by another tool."""
-    kinds = (
-        (_TEXTS, lambda value: isinstance(value, str)),
-        (_TEXTS_OR_NONE, lambda value: value is None or isinstance(value, str)),
-        (_NUMBERS, _is_number),
-        (_NUMBERS_OR_NONE, lambda value: value is None or _is_number(value)),
-        (("graded",), lambda value: isinstance(value, bool)),
-        (("passed",), lambda value: value is None or isinstance(value, bool)),
-        (("versions",), lambda value: isinstance(value, Mapping)),
-    )
-    for field in fields(row):
-        for names, fits in kinds:
-            if field.name in names and not fits(getattr(row, field.name)):
-                raise EvaluationError(f"a {row.kind} row of {name} has a {field.name} that makes no sense: evaluate again")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # ------------------------------------------------------------------------------------------------------------ selecting
@@ -278,6 +251,47 @@ def mean(own: Mapping[tuple[str, str], Score], method: str, tags: Collection[str
     below = math.sqrt(sum((score.value - score.low) ** 2 for score in scores)) / len(scores)
     above = math.sqrt(sum((score.high - score.value) ** 2 for score in scores)) / len(scores)
     return Estimate(value, value - below, value + above)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a metric's means over `tags` are. estimates: (method, the method subtracted or None) → estimate.
+
+    combined: not all of them are recorded, and what is missing was put together here from the languages' intervals.
+    """
+
+    tags: tuple[str, ...]
+    estimates: Mapping[tuple[str, str | None], Estimate]
+    combined: bool
+
+
+def means(scores: Iterable[Score], recorded: Iterable[Mean], metric: str) -> Means:
+    """The mean of every method, and fLoRA's differences to the others, over the languages that all of them have.
+
+    A recorded mean is taken where it is over these languages: it knows the items, and which of them two methods share. There is
+    none where the languages were evaluated in several runs.
+    """
+    own = own_scores(scores, metric)
+    tags = tuple(common_languages(own))
+    if not tags:
+        return Means((), {}, False)
+    methods = [method for method in METHODS if (tags[0], method) in own]
+    pairs: list[tuple[str, str | None]] = [(method, None) for method in methods]
+    if "flora" in methods:
+        pairs += [("flora", method) for method in methods if method != "flora"]
+    known = {
+        (row.method, row.versus): Estimate(row.value, row.low, row.high)
+        for row in recorded
+        if row.metric == metric and set(row.languages) == set(tags)
+    }
+    estimates = {}
+    for method, versus in pairs:
+        if (method, versus) in known:
+            estimates[method, versus] = known[method, versus]
+        else:
+            estimate = mean(own, method, tags)
+            estimates[method, versus] = estimate if versus is None else estimate - mean(own, versus, tags)
+    return Means(tags, estimates, not set(pairs) <= set(known))
 
 
 def paper_mean(table: PaperTable, method: str) -> float:

@@ -10,15 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from flora.evaluate.rows import METHODS, Score
+from flora.evaluate.rows import METHODS, Mean, Score
 from profiling.accuracy import (
     HIGHER_IS_BETTER,
     METRICS,
     Estimate,
-    common_languages,
+    Means,
     language_name,
     languages,
-    mean,
+    means,
     own_scores,
     paper_mean,
     paper_tables,
@@ -59,7 +59,7 @@ class _Dot(NamedTuple):
     words: str
 
 
-def measured_dots(task: str, scores: Iterable[Score]) -> TabledChart:
+def measured_dots(task: str, scores: Iterable[Score], recorded_means: Iterable[Mean] = ()) -> TabledChart:
     """Each language's own adapters, as they scored here, with their intervals; a language that was not graded says why."""
     metric, scores = METRICS[task][0], [score for score in scores if score.metric == METRICS[task][0]]
     own, missing = own_scores(scores, metric), reasons(scores)
@@ -79,7 +79,7 @@ def measured_dots(task: str, scores: Iterable[Score]) -> TabledChart:
             if (score := own.get((tag, method))) is not None:
                 numbers = [score.value, score.low, score.high, score.confidence, score.items]
                 table.append([tag, method, metric, *numbers, score.reason if score.value is None else None])
-    return TabledChart(figure, _measured_sentence(task, own, missing), table)
+    return TabledChart(figure, _measured_sentence(task, own, means(scores, recorded_means, metric), missing), table)
 
 
 def paper_dots(task: str) -> TabledChart:
@@ -147,14 +147,14 @@ def _score_words(score: Score) -> str:
     return f"{name}: {percent(score.value)} {ends}<br>{score.items} items{rank}"
 
 
-def _measured_sentence(task: str, own: Mapping[tuple[str, str], Score], missing: Mapping[str, str]) -> str:
-    metric, tags = METRICS[task][0], common_languages(own)
-    if not tags:
+def _measured_sentence(task: str, own: Mapping[tuple[str, str], Score], found_means: Means, missing: Mapping[str, str]) -> str:
+    metric, estimates = METRICS[task][0], found_means.estimates
+    if not estimates:
         return f"{METRIC_WORDS[metric].capitalize()} of each language's own adapters: nothing recorded yet."
-    methods = [method for method in reversed(METHODS) if any(column == method for _, column in own)]
-    found = ", ".join(f"{ADAPTER_STYLES[method].label} {percent(mean(own, method, tags).value)}" for method in methods)
+    methods = [method for method in reversed(METHODS) if (method, None) in estimates]
+    found = ", ".join(f"{ADAPTER_STYLES[method].label} {percent(estimates[method, None].value)}" for method in methods)
     confidence = max(score.confidence for score in own.values())
-    parts = [f"Mean {METRIC_WORDS[metric]} over {len(tags)} languages on items held out of training: {found}"]
+    parts = [f"Mean {METRIC_WORDS[metric]} over {len(found_means.tags)} languages on items held out of training: {found}"]
     parts.append(f"bars are {percent(confidence, 0)} intervals")
     if missing:
         parts.append("not graded: " + ", ".join(language_name(task, tag) for tag in missing))

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 from tqdm import tqdm
 
 from flora import ops
@@ -24,9 +27,18 @@ from flora.evaluate.command import whole
 from flora.evaluate.intervals import Interval
 from flora.evaluate.pass_at_k import pass_at_k
 from flora.evaluate.problems import BENCHMARKS, CORPUS, HUB, TAGS, Problem, held_out_problems, hub_problems, read_problems
-from flora.evaluate.report import Target, confusion_table, needed_target, per_cent, points, score_table, target_table, text_table
-from flora.evaluate.results import Measured, score_rows
-from flora.evaluate.rows import METHODS, Answer, Item, Row, Score, public_name
+from flora.evaluate.report import (
+    Promise,
+    Target,
+    confusion_table,
+    mean_targets,
+    means_table,
+    needed_target,
+    score_table,
+    target_table,
+)
+from flora.evaluate.results import Measured, mean_rows, score_rows
+from flora.evaluate.rows import METHODS, Answer, Item, Mean, Row, Score, public_name
 from flora.evaluate.sandbox import Limits, Result, find_sandbox
 from flora.evaluate.tasks import Key, Task, tasks_of
 from flora.evaluate.toolchains import WALL_PER_CPU, Grader, recipe
@@ -35,7 +47,12 @@ CORPUS_PROBLEMS = 100
 CONFUSION_PROBLEMS = 25
 EXAMPLES = 8  # problems per language of which the answers are kept
 CORPUS_TOKENS, MULTIPL_E_TOKENS = 160, 512  # new tokens; the corpus's longest completions take half of that
-BASE_AT_MOST, FLORA_AT_LEAST, BEHIND_LORA_AT_MOST = 0.45, 0.75, 0.02  # mean pass@1 over the graded languages
+PROMISES = (  # of mean pass@1 over the graded languages
+    Promise("base model: {mean} at most 45 %", "base", None, lambda mean: mean <= 0.45),
+    Promise("fLoRA: {mean} at least 75 %", "flora", None, lambda mean: mean >= 0.75),
+    Promise("fLoRA − LoRA at least −2 points", "flora", "lora", lambda lead: lead >= -0.02),
+    Promise("fLoRA − IA3 above 0", "flora", "ia3", lambda lead: lead > 0.0),
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ answering
@@ -202,63 +219,47 @@ def answers_of(grades: Grades, problems: Mapping[str, Sequence[Problem]]) -> lis
     return rows
 
 
-def mean_of(tallies: Mapping[Key, Tally], method: str, languages: Sequence[str]) -> Interval | None:
-    """Mean pass@1 over languages, each with its own adapter; None where one of them is missing.
+def mean_of(
+    tallies: Mapping[Key, Tally], method: str, versus: str | None, metric: str, languages: Sequence[str]
+) -> Interval | None:
+    """Mean pass@k over languages, each with its own adapter and counted the same; or how far it lies above that of `versus`.
 
-    The languages have the same problems, and what is drawn again for the interval is the problem, in all languages at once.
+    None where one of the languages is missing, or has not the same problems for both. Languages share their problems: what is drawn
+    again for the interval is the problem, in all languages at once, and of a difference in both methods.
     """
-    rates = _own_rates(tallies, method, languages)
+    k = int(metric.removeprefix("pass@"))
+    rates = _own_rates(tallies, method, k, languages)
     if rates is None:
         return None
-    return intervals.pass_rate(list(rates.values()), clusters=[name for _, name in rates])
-
-
-def mean_difference(tallies: Mapping[Key, Tally], first: str, second: str, languages: Sequence[str]) -> Interval | None:
-    """How much better the first method is in mean pass@1, on the same problems."""
-    one, other = (_own_rates(tallies, method, languages) for method in (first, second))
-    if one is None or other is None or one.keys() != other.keys():
+    numbers = Counter(tag for tag, _ in rates)
+    weights = [max(numbers.values()) / numbers[tag] for tag, _ in rates]
+    clusters = [name for _, name in rates]
+    if versus is None:
+        return intervals.pass_rate(list(rates.values()), clusters, weights)
+    others = _own_rates(tallies, versus, k, languages)
+    if others is None or others.keys() != rates.keys():
         return None
-    clusters = [name for _, name in one]
-    return intervals.ratio_difference(list(one.values()), [other[place] for place in one], clusters=clusters)
+    first, second = (np.multiply([part[place] for place in rates], weights) for part in (rates, others))
+    return intervals.ratio_difference(first, second, weights, clusters)
 
 
-def _own_rates(tallies: Mapping[Key, Tally], method: str, languages: Sequence[str]) -> dict[tuple[str, str], float] | None:
-    """(language, problem) → pass@1."""
+def _own_rates(tallies: Mapping[Key, Tally], method: str, k: int, languages: Sequence[str]) -> dict[tuple[str, str], float] | None:
+    """(language, problem) → pass@k."""
     keys = {tag: (tag, method, None if method == "base" else tag) for tag in languages}
-    if not keys or any(key not in tallies for key in keys.values()):
+    if any(key not in tallies for key in keys.values()):
         return None
-    return {(tag, name): rate for tag, key in keys.items() for name, rate in tallies[key].rates().items()}
+    return {(tag, name): rate for tag, key in keys.items() for name, rate in tallies[key].rates(k).items()}
 
 
-def targets(tallies: Mapping[Key, Tally], languages: Sequence[str], adapters: Sequence[str] = TAGS) -> list[Target]:
+def targets(
+    tallies: Mapping[Key, Tally], means: Sequence[Mean], languages: Sequence[str], adapters: Sequence[str] = TAGS
+) -> list[Target]:
     """What the embedded model and its adapters promise, over all graded `languages`, and whether it holds; see `Target`.
 
-    Differences are of the same problems. Another of the `adapters` is clearly worse where the interval of the right one's lead, on
-    the same problems, leaves out 0.
+    Another of the `adapters` is clearly worse where the interval of the right one's lead, on the same problems, leaves out 0.
     """
-    base, flora = (mean_of(tallies, method, languages) for method in ("base", "flora"))
-    ahead_of_lora = mean_difference(tallies, "flora", "lora", languages)
-    ahead_of_ia3 = mean_difference(tallies, "flora", "ia3", languages)
-    number = f"mean pass@1 of {len(languages)} languages"
-    return [
-        Target(
-            f"base model: {number} at most {100 * BASE_AT_MOST:.0f} %",
-            per_cent(base),
-            None if base is None else base.value <= BASE_AT_MOST,
-        ),
-        Target(
-            f"fLoRA: {number} at least {100 * FLORA_AT_LEAST:.0f} %",
-            per_cent(flora),
-            None if flora is None else flora.value >= FLORA_AT_LEAST,
-        ),
-        Target(
-            f"fLoRA − LoRA at least −{100 * BEHIND_LORA_AT_MOST:.0f} points",
-            points(ahead_of_lora),
-            None if ahead_of_lora is None else ahead_of_lora.value >= -BEHIND_LORA_AT_MOST,
-        ),
-        Target("fLoRA − IA3 above 0", points(ahead_of_ia3), None if ahead_of_ia3 is None else ahead_of_ia3.value > 0.0),
-        needed_target(tallies, languages, adapters, _worse_by, " behind"),
-    ]
+    held = mean_targets(PROMISES, means, "pass@1", languages)
+    return [*held, needed_target(tallies, languages, adapters, _worse_by, " behind")]
 
 
 def _worse_by(right: Tally, wrong: Tally) -> Interval:
@@ -267,15 +268,10 @@ def _worse_by(right: Tally, wrong: Tally) -> Interval:
     return intervals.ratio_difference([rates[name] for name in of_wrong], list(of_wrong.values()))
 
 
-def tables(grades: Grades, scores: Sequence[Score], ks: Sequence[int]) -> str:
+def tables(grades: Grades, scores: Sequence[Score], means: Sequence[Mean], ks: Sequence[int]) -> str:
     """The scores for a terminal: a table for each k, each method's mean with its interval, the confusion matrix, the reasons."""
-    languages = list(dict.fromkeys(tag for tag, method, adapter in grades.tallies if adapter in (None, tag)))
-    means = [(method, per_cent(mean_of(grades.tallies, method, languages))) for method in METHODS]
     parts = [score_table(scores, f"pass@{k}") for k in ks]
-    if len(languages) > 1 and any(mean for _, mean in means):
-        heads = ["method", f"mean pass@1 of {len(languages)} languages"]
-        parts.append(text_table(heads, [[method, mean] for method, mean in means if mean], left=2))
-    parts.append(confusion_table(scores, "pass@1"))
+    parts += [means_table(means, "pass@1"), confusion_table(scores, "pass@1")]
     parts += [f"not graded: {tag}, {reason}" for tag, reason in grades.reasons.items()]
     return "\n\n".join(filter(None, parts))
 
@@ -363,15 +359,16 @@ def main(options: argparse.Namespace) -> int:
         "command": options.command,
     }
     scores = scores_of(grades, engine, checkpoints, dict.fromkeys(problems, source), ks, options.samples, facts)
-    print(tables(grades, scores, ks), file=said)
+    means = mean_rows(scores, partial(mean_of, grades.tallies))
+    print(tables(grades, scores, means, ks), file=said)
     if grades.unanswered:
         print(f"{grades.unanswered} prompts are longer than the model's context and count as not passed", file=sys.stderr)
-    command.write_json(options, scores)
+    command.write_json(options, [*scores, *means])
     if options.report:
-        command.merge_results(options, "accuracy", scores)
+        command.merge_results(options, "accuracy", [*scores, *means])
         command.merge_results(options, "answers", answers_of(grades, problems))
         languages = [tag for tag in problems if tag not in grades.reasons]
-        print(f"\n{target_table(targets(grades.tallies, languages))}", file=said)
+        print(f"\n{target_table(targets(grades.tallies, means, languages))}", file=said)
     return 0
 
 

@@ -82,7 +82,7 @@ def add_how(how: argparse._ArgumentGroup, answers: str) -> None:
 def add_out(parser: argparse.ArgumentParser, task: str, answered: str) -> None:
     """The options for what stays. answered: what the recorded answers are to."""
     out = parser.add_argument_group("what is left behind")
-    out.add_argument("--json", metavar="FILE", help="write the scores as JSONL rows; - for the terminal")
+    out.add_argument("--json", metavar="FILE", help="write the scores and their means as JSONL rows; - for the terminal")
     out.add_argument(
         "--report",
         action="store_true",

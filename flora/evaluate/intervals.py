@@ -48,13 +48,18 @@ def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> tuple[fl
 
 
 def pass_rate(
-    values: Sequence[float], clusters: Sequence[Hashable] | None = None, confidence: float = CONFIDENCE, seed: int = 0
+    values: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    weights: Sequence[float] | None = None,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
 ) -> Interval:
-    """The mean of per-item rates in [0, 1], such as pass@k of each problem. values (n,).
+    """The mean of per-item rates in [0, 1], such as pass@k of each problem. values (n,). weights (n,): by default all the same.
 
     Where all items failed or all passed every resample is the same and the bootstrap's interval has no width: Wilson's is given.
     """
-    interval = ratio(values, np.ones(len(values)), clusters, confidence, seed)
+    weights = np.ones(len(values)) if weights is None else weights
+    interval = ratio(np.multiply(values, weights), weights, clusters, confidence, seed)
     if interval.value in (0.0, 1.0):
         low, high = wilson(interval.value * interval.n, interval.n, confidence)
         return Interval(interval.value, low, high, interval.n, confidence)

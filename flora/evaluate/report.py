@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from flora.evaluate.intervals import Interval
-from flora.evaluate.rows import METHODS, Score
+from flora.evaluate.rows import METHODS, Mean, Score
 from flora.evaluate.tasks import Key
 
 Tally = TypeVar("Tally")
 
 
-def per_cent(interval: Interval | None) -> str | None:
-    """A fraction as "78.0 % [69.0, 86.0]"; None for None."""
-    if interval is None:
-        return None
+def per_cent(interval: Interval | Mean) -> str:
+    """A fraction as "78.0 % [69.0, 86.0]"."""
     ends = "" if interval.low is None else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
     return f"{100 * interval.value:.1f} %{ends}"
 
 
-def points(interval: Interval | None) -> str | None:
-    """A difference of fractions as "-0.6 points [-3.1, +1.9]"; None for None."""
-    if interval is None:
-        return None
+def points(interval: Interval | Mean) -> str:
+    """A difference of fractions as "-0.6 points [-3.1, +1.9]"."""
     ends = "" if interval.low is None else f" [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
     return f"{100 * interval.value:+.1f} points{ends}"
 
@@ -79,6 +75,17 @@ def _cell(score: Score | None) -> str:
     return f"{100 * score.value:.1f} %" + interval.ljust(_INTERVAL_WIDTH)
 
 
+def means_table(means: Iterable[Mean], metric: str) -> str:
+    """Each method's mean with its interval; empty where there are no means of several languages."""
+    lines = {mean.method: mean for mean in means if mean.metric == metric and mean.versus is None and len(mean.languages) > 1}
+    if not lines:
+        return ""
+    number = len(next(iter(lines.values())).languages)
+    return text_table(
+        ["method", f"mean {metric} of {number} languages"], [[method, per_cent(mean)] for method, mean in lines.items()], left=2
+    )
+
+
 def confusion_table(scores: Iterable[Score], metric: str, method: str = "flora") -> str:
     """Languages × adapters of one method, in per cent; empty without a row of another language's adapter."""
     cells = {(score.language, score.adapter): score for score in scores if score.metric == metric and score.method == method}
@@ -112,6 +119,31 @@ def target_table(targets: Sequence[Target]) -> str:
     return text_table(
         ["target", "measured", "holds"], [[target.what, target.measured or "–", words[target.met]] for target in targets], left=3
     )
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a mean, or a difference of two, is to be. what: with {mean} where the mean's name is to stand. holds: of a fraction."""
+
+    what: str
+    method: str
+    versus: str | None
+    holds: Callable[[float], bool]
+
+
+def mean_targets(promises: Iterable[Promise], means: Iterable[Mean], metric: str, languages: Collection[str]) -> list[Target]:
+    """Whether the promises hold over all of `languages`; a mean over others is not what was promised."""
+    found = {(m.method, m.versus): m for m in means if m.metric == metric and languages and set(m.languages) == set(languages)}
+    targets = []
+    for promise in promises:
+        mean = found.get((promise.method, promise.versus))
+        what = promise.what.format(mean=f"mean {metric} of {len(languages)} languages")
+        if mean is None:
+            targets.append(Target(what, None, None))
+        else:
+            shown = per_cent(mean) if promise.versus is None else points(mean)
+            targets.append(Target(what, shown, promise.holds(mean.value)))
+    return targets
 
 
 def needed_target(

@@ -1,21 +1,25 @@
-"""What an evaluation leaves behind: scores, the items it looked at, and what each method answered, as rows of JSONL.
+"""What an evaluation leaves behind: scores, their means, the items it looked at, and what each method answered, as rows of JSONL.
 
-A file holds rows of all three kinds. Evaluating a part again replaces that part's rows and keeps the others, and a file is written
+A file holds rows of all four kinds. Evaluating a part again replaces that part's rows and keeps the others, and a file is written
 whole or not at all.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
 import tempfile
+from collections import abc
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from flora.errors import EvaluationError
 
@@ -65,7 +69,49 @@ class Score:
     @property
     def key(self) -> tuple:
         """What makes it the same number, measured again."""
-        return (self.kind, self.task, self.language, self.method, self.adapter, self.metric, None)
+        return (self.kind, self.task, self.language, self.method, self.adapter, self.metric)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of a method's scores over `languages`, each with its own adapter and counted the same; or a difference of two.
+
+    versus: the method whose mean is subtracted, None for the mean itself. value, low, high: fractions. The interval is of items
+    drawn again in all languages, of a difference the same items for both methods: the languages' own intervals do not tell as much.
+    low and high are None where one item says nothing of others. items: how many were scored, of all languages together. source:
+    where they came from.
+    """
+
+    kind: ClassVar[str] = "mean"
+
+    task: str
+    method: str
+    versus: str | None
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    confidence: float
+    languages: tuple[str, ...]
+    items: int
+    model: str
+    source: str
+    seed: int
+    command: str
+
+    @property
+    def key(self) -> tuple:
+        return (self.kind, self.task, self.method, self.versus, self.metric)
+
+    @property
+    def scores(self) -> set[tuple]:
+        """The keys of the scores it is taken of."""
+        methods = (self.method,) if self.versus is None else (self.method, self.versus)
+        return {
+            (Score.kind, self.task, language, method, None if method == "base" else language, self.metric)
+            for language in self.languages
+            for method in methods
+        }
 
 
 @dataclass(frozen=True)
@@ -83,7 +129,7 @@ class Item:
 
     @property
     def key(self) -> tuple:
-        return (self.kind, self.task, self.language, None, None, None, self.item)
+        return (self.kind, self.task, self.language, self.item)
 
 
 @dataclass(frozen=True)
@@ -104,11 +150,11 @@ class Answer:
 
     @property
     def key(self) -> tuple:
-        return (self.kind, self.task, self.language, self.method, self.adapter, None, self.item)
+        return (self.kind, self.task, self.language, self.item, self.method, self.adapter)
 
 
-Row = Score | Item | Answer
-_KINDS: dict[str, type] = {row.kind: row for row in (Score, Item, Answer)}
+Row = Score | Mean | Item | Answer
+_KINDS: dict[str, type] = {row.kind: row for row in (Score, Mean, Item, Answer)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -123,7 +169,11 @@ def to_line(row: Row) -> str:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a JSONL file, in its order. EvaluationError, with the line's number, for a file that is not of this kind."""
+    """The rows of a JSONL file, in its order.
+
+    EvaluationError, with the line's number, for a file that is not of this kind: with a line that is no row, or a field, which is
+    named, that is of another type or no finite number, as what was written by hand or by another tool may be.
+    """
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: text may hold other line separators
@@ -135,27 +185,58 @@ def read_rows(path: str | Path) -> list[Row]:
 def _row(line: str, place: str) -> Row:
     try:
         fact = json.loads(line)
-        row = _KINDS[fact.pop("kind")]
-        known = {field.name for field in fields(row)}
-        return row(**{name: value for name, value in fact.items() if name in known})
-    except (json.JSONDecodeError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        kind = _KINDS[fact.pop("kind")]
+        types = _field_types(kind)
+        row = kind(**{name: value for name, value in fact.items() if name in types})
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:  # JSONDecodeError is a kind of the first
         raise EvaluationError(f"{place} is not a row of an evaluation: delete the file, or take another") from error
+    wrong = next((name for name, wanted in types.items() if not _fits(getattr(row, name), wanted)), None)
+    if wrong is not None:
+        raise EvaluationError(f"{place}, of kind {kind.kind}, has a {wrong} that makes no sense: evaluate again")
+    return replace(row, languages=tuple(row.languages)) if isinstance(row, Mean) else row
+
+
+@cache
+def _field_types(kind: type) -> dict[str, Any]:
+    types = get_type_hints(kind)
+    return {field.name: types[field.name] for field in fields(kind)}
+
+
+def _fits(value: object, wanted: Any) -> bool:
+    """Whether a value of a JSON document is of a field's type. json.loads makes numbers of NaN and Infinity: they are none here."""
+    origin, parts = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(part, parts[0]) for part in value)
+    if origin is abc.Mapping:
+        return isinstance(value, dict) and all(_fits(part, parts[1]) for part in value.values())
+    if wanted is int or wanted is float:
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        return whole or (wanted is float and isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, wanted)
 
 
 def merge_rows(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     """`old` with every row that was done again replaced in its place, and the others of `new` behind.
 
-    Where an item of the same name is another one now, the answers to the old one go with it.
+    Where an item of the same name is another one now, the answers to the old one go with it; where a score is measured again, so do
+    the means that were taken of the old one.
     """
     old, fresh = list(old), {row.key: row for row in new}
     changed = {
         (row.task, row.language, row.item) for row in old if isinstance(row, Item) and row.key in fresh and fresh[row.key] != row
     }
+    again = {row.key for row in fresh.values() if isinstance(row, Score)}
     merged = []
     for row in old:
         if row.key in fresh:
             merged.append(fresh.pop(row.key))
-        elif not (isinstance(row, Answer) and (row.task, row.language, row.item) in changed):
+        elif isinstance(row, Answer) and (row.task, row.language, row.item) in changed:
+            continue
+        elif isinstance(row, Mean) and not row.scores.isdisjoint(again):
+            continue
+        else:
             merged.append(row)
     return merged + list(fresh.values())
 

@@ -104,7 +104,7 @@ def build_accuracy_tab(tab: gr.Tab, results_folder: Path) -> None:
             views.status(recorded),
             views.headline(recorded),
             *[views.headings(recorded)] * len(headings),
-            _plot(measured_dots(recorded.task, recorded.scores)),
+            _plot(measured_dots(recorded.task, recorded.scores, recorded.means)),
             _plot(paper_dots(recorded.task)),
             cells_value({"command": html.escape(command)}),
             views.matrix(recorded),
@@ -159,7 +159,7 @@ def _downloads(recorded: Recorded, folder: Path) -> list[gr.DownloadButton]:
     """The rows as files in `folder`; a button without rows stays grey."""
     task = recorded.task
     files = {
-        folder / f"accuracy_{task}.jsonl": "".join(to_line(score) + "\n" for score in recorded.scores),
+        folder / f"accuracy_{task}.jsonl": "".join(to_line(row) + "\n" for row in recorded.scores + recorded.means),
         folder / f"accuracy_{task}.csv": report.frame_csv(accuracy.scores_frame(recorded.scores)) if recorded.scores else "",
         folder / f"answers_{task}.jsonl": "".join(to_line(row) + "\n" for row in recorded.items + recorded.answers),
     }

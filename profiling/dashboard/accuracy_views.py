@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flora.evaluate.rows import METHODS, Answer, Item, Score
 from profiling import accuracy
-from profiling.accuracy import HIGHER_IS_BETTER, METRICS, Estimate, Recorded, language_name
+from profiling.accuracy import HIGHER_IS_BETTER, METRICS, Estimate, Means, Recorded, language_name
 from profiling.accuracy_figures import ADAPTER_STYLES, METRIC_WORDS, interval, marks, models, percent
 from profiling.dashboard.code_html import highlighted, marked_transcript, transcript
 from profiling.dashboard.live_cells import cells_value
@@ -67,13 +67,11 @@ def _items_words(scores: Iterable[Score]) -> str:
 def headline(recorded: Recorded) -> dict[str, Any]:
     """fLoRA beside LoRA in one number, and the means of all methods, ours and the paper's."""
     task = recorded.task
+    found = {metric: accuracy.means(recorded.scores, recorded.means, metric) for metric in METRICS[task]}
     first = METRICS[task][0]
-    own = accuracy.own_scores(recorded.scores, first)
-    tags = accuracy.common_languages(own)
-    cells = {"table": _means_table(recorded), "facts": _facts(recorded, tags)}
+    cells = {"table": _means_table(task, found), "facts": _facts(recorded, found)}
     verdict = f"mean {METRIC_WORDS[first]}, fLoRA minus LoRA"
-    if tags and all((tags[0], method) in own for method in ("flora", "lora")):
-        difference = accuracy.mean(own, "flora", tags) - accuracy.mean(own, "lora", tags)
+    if (difference := found[first].estimates.get(("flora", "lora"))) is not None:
         cells["difference"] = _points(difference)
         cells["verdict"] = f"{verdict}: {_verdict(difference, HIGHER_IS_BETTER[task])}"
     else:
@@ -100,17 +98,15 @@ def _verdict(difference: Estimate, higher_is_better: bool) -> str:
     return f"fLoRA is {'better' if (difference.value > 0) == higher_is_better else 'worse'}"
 
 
-def _means_table(recorded: Recorded) -> str:
+def _means_table(task: str, found: Mapping[str, Means]) -> str:
     """Methods × (metrics measured here, models of the paper)."""
-    metrics, tables = METRICS[recorded.task], accuracy.paper_tables(recorded.task)
-    own = {metric: accuracy.own_scores(recorded.scores, metric) for metric in metrics}
-    tags = {metric: accuracy.common_languages(own[metric]) for metric in metrics}
-    groups = _group("measured here", len(metrics)) + _group("printed in the paper", len(tables), "border")
-    columns = "".join(f'<th scope="col">mean {html.escape(METRIC_WORDS[metric])}</th>' for metric in metrics)
+    tables = accuracy.paper_tables(task)
+    groups = _group("measured here", len(found)) + _group("printed in the paper", len(tables), "border")
+    columns = "".join(f'<th scope="col">mean {html.escape(METRIC_WORDS[metric])}</th>' for metric in found)
     columns += "".join(f'<th scope="col"{_border(place)}>{html.escape(table.model)}</th>' for place, table in enumerate(tables))
     body = ""
     for method in METHODS:
-        cells = "".join(f"<td>{_mean_cell(own[metric], method, tags[metric])}</td>" for metric in metrics)
+        cells = "".join(f"<td>{_mean_cell(means.estimates.get((method, None)))}</td>" for means in found.values())
         for place, table in enumerate(tables):
             cells += f"<td{_border(place)}>{percent(accuracy.paper_mean(table, method) / 100)}</td>"
         body += f'<tr><th scope="row">{method_label(method)}</th>{cells}</tr>'
@@ -127,25 +123,23 @@ def _border(place: int) -> str:
     return ' class="border"' if place == 0 else ""
 
 
-def _mean_cell(own: Mapping[tuple[str, str], Score], method: str, tags: Sequence[str]) -> str:
-    if not tags or (tags[0], method) not in own:
-        return NOTHING
-    estimate = accuracy.mean(own, method, tags)
-    return f"{percent(estimate.value)} <small>{interval(estimate)}</small>"
+def _mean_cell(estimate: Estimate | None) -> str:
+    return NOTHING if estimate is None else f"{percent(estimate.value)} <small>{interval(estimate)}</small>"
 
 
-def _facts(recorded: Recorded, tags: Sequence[str]) -> str:
+def _facts(recorded: Recorded, found: Mapping[str, Means]) -> str:
     """What a reader must know beside the numbers."""
     task, scores = recorded.task, recorded.scores
     if not scores:
         return "nothing recorded yet"
     parts = ["recorded, not live"]
-    if tags:
+    if tags := found[METRICS[task][0]].tags:
         parts.append(f"means over {len(tags)} languages, each counted the same")
     if missing := accuracy.reasons(scores):
         parts.append("not graded: " + ", ".join(f"{language_name(task, tag)} ({reason})" for tag, reason in missing.items()))
-    confidence = percent(scores[0].confidence, 0)
-    parts.append(f"{confidence} intervals, a mean's combined from its languages', the difference's as if its two were independent")
+    combined = ", a mean's combined from its languages', the difference's as if its two were independent"
+    of_means = combined if any(means.combined for means in found.values()) else ", the difference's of the same items for both"
+    parts.append(f"{percent(scores[0].confidence, 0)} intervals{of_means if tags else ''}")
     samples, temperatures = _spread(score.samples for score in scores), _spread(score.temperature for score in scores)
     parts.append(f"{samples} answer{'' if samples == '1' else 's'} an item at temperature {temperatures}")
     ranks = {method: _spread(score.rank for score in scores if score.method == method and score.rank) for method in METHODS}

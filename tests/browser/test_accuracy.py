@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accuracy_rows import NOT_GRADED, TAGS, code_answers, score, scores, write_results
+from accuracy_rows import NOT_GRADED, TAGS, code_answers, means, score, scores, write_results
 
 from browser.conftest import ROOT
 from flora.evaluate.rows import Answer, Item, write_rows
@@ -187,7 +187,9 @@ def test_every_chart_gives_its_data_and_the_rows_come_as_files(open_page, tmp_pa
     assert len(matrix) == 10 and {len(line) for line in matrix} == {11} and matrix[0][-1] == "base"
     assert float(matrix[1][1]) > 80 and matrix[6][:2] == ["Swift", "not graded: swift is not installed"]
     rows = [json.loads(line) for line in saved("#accuracy-scores-JSONL").splitlines()]
-    assert len(rows) == len(scores("code")) == len(saved("#accuracy-scores-CSV").splitlines()) - 1
+    kinds = [row["kind"] for row in rows]
+    assert kinds.count("score") == len(scores("code")) == len(saved("#accuracy-scores-CSV").splitlines()) - 1
+    assert kinds.count("mean") == len(means("code")) == len(rows) - kinds.count("score")
     assert {json.loads(line)["kind"] for line in saved("#accuracy-answers-JSONL").splitlines()} == {"item", "answer"}
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accuracy_rows import NOT_GRADED, TAGS, code_answers, score, scores, speech_answers, write_results
+from accuracy_rows import NOT_GRADED, TAGS, code_answers, means, score, scores, speech_answers, write_results
 from test_dashboard import HOSTILE, Text, keys
 from test_figures import luminance
 
 import app
-from flora.evaluate.rows import METHODS, Answer, Item, write_rows
+from flora.evaluate.rows import METHODS, Answer, Item, to_line, write_rows
 from profiling import accuracy, report, workload
 from profiling.accuracy import Estimate, Recorded, mean, own_scores, read_recorded
 from profiling.accuracy_figures import ADAPTER_STYLES, marks, measured_dots, paper_dots, percent
@@ -69,6 +69,7 @@ def test_what_was_written_is_read(recorded):
     assert recorded.complaints == ()
     assert set(row.language for row in recorded.scores) == set(TAGS[recorded.task]) == set(row.language for row in recorded.items)
     assert len(recorded.answers) == len(METHODS) * len(recorded.items)
+    assert list(recorded.means) == means(recorded.task)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -101,27 +102,12 @@ def test_a_broken_file_is_told_and_never_raised(tmp_path, content, word):
     assert recorded.scores == () and word in recorded.complaints[0] and "accuracy_code.jsonl" in recorded.complaints[0]
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("value", "0.7"),
-        ("value", math.nan),
-        ("value", math.inf),
-        ("low", [0.1]),
-        ("language", 7),
-        ("graded", "yes"),
-        ("items", None),
-        ("items", True),
-        ("versions", "2.13"),
-        ("adapter", {}),
-        ("command", None),
-    ],
-)
-def test_a_row_that_makes_no_sense_is_told(tmp_path, field, value):
-    fact = json.loads(json.dumps({"kind": "score", **score("code", "lua", "flora", "lua", 0.7).__dict__}))
-    (tmp_path / "accuracy_code.jsonl").write_text(json.dumps(fact | {field: value}) + "\n")
+def test_a_row_that_makes_no_sense_is_told(tmp_path):
+    fact = json.loads(to_line(score("code", "lua", "flora", "lua", 0.7)))
+    (tmp_path / "accuracy_code.jsonl").write_text(json.dumps(fact | {"value": math.nan}) + "\n")
     recorded = read_recorded(tmp_path, "code")
-    assert recorded.scores == () and f"a {field} that makes no sense" in recorded.complaints[0]
+    assert recorded.scores == ()
+    assert "accuracy_code.jsonl, line 1, of kind score, has a value that makes no sense" in recorded.complaints[0]
 
 
 def test_one_broken_file_leaves_the_other(tmp_path, folder):
@@ -315,16 +301,54 @@ def test_the_two_panels_are_told_apart(recorded):
 
 def test_the_headline_has_means_with_intervals_and_says_what_they_are(recorded):
     cells = views.headline(recorded)["cells"]
-    own = own_scores(recorded.scores, accuracy.METRICS[recorded.task][0])
-    tags = accuracy.common_languages(own)
     table = Text(cells["table"]).text
+    for row in recorded.means:
+        if row.versus is None:
+            assert f"{percent(row.value)} [{100 * row.low:.1f}, {100 * row.high:.1f}]" in table
     for method in METHODS:
-        estimate = mean(own, method, tags)
-        assert f"{percent(estimate.value)} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]" in table
         assert all(percent(accuracy.paper_mean(paper, method) / 100) in table for paper in accuracy.paper_tables(recorded.task))
     assert "recorded, not live" in cells["facts"] and "float32" in cells["facts"] and "torch 2.13.0" in cells["facts"]
+    assert "95\N{NARROW NO-BREAK SPACE}% intervals, the difference&#x27;s of the same items for both" in cells["facts"]
     assert ("swift is not installed" in cells["facts"]) == (recorded.task == "code")
-    assert "no difference beyond noise" in cells["verdict"]
+
+
+def test_what_is_recorded_of_a_difference_is_what_is_said_of_it(recorded):
+    """The languages' own intervals would call the same difference noise."""
+    (lead,) = (
+        row for row in recorded.means if (row.method, row.versus, row.metric) == ("flora", "lora", accuracy.METRICS[row.task][0])
+    )
+    clear = replace(lead, value=0.02, low=0.01, high=0.03)
+    others = tuple(row for row in recorded.means if row is not lead)
+    cells = views.headline(replace(recorded, means=(*others, clear)))["cells"]
+    assert cells["difference"] == "+2.0 <small>points [+1.0, +3.0]</small>"
+    assert cells["verdict"].endswith(f"fLoRA is {'better' if recorded.task == 'code' else 'worse'}")
+    without = views.headline(replace(recorded, means=others))["cells"]
+    assert "no difference beyond noise" in without["verdict"] and "as if its two were independent" in without["facts"]
+
+
+def test_a_mean_over_other_languages_is_not_shown(recorded):
+    metric = accuracy.METRICS[recorded.task][0]
+    fewer = [replace(row, languages=row.languages[1:], value=0.123) for row in recorded.means]
+    own = own_scores(recorded.scores, metric)
+    found = accuracy.means(recorded.scores, fewer, metric)
+    assert found.combined and list(found.tags) == accuracy.common_languages(own)
+    for method in METHODS:
+        assert found.estimates[method, None] == mean(own, method, found.tags)
+    assert found.estimates["flora", "ia3"] == mean(own, "flora", found.tags) - mean(own, "ia3", found.tags)
+    shuffled = [replace(row, languages=row.languages[::-1]) for row in recorded.means]
+    known = accuracy.means(recorded.scores, shuffled, metric)
+    assert not known.combined and set(known.estimates) == {(row.method, row.versus) for row in recorded.means}
+    assert accuracy.means((), recorded.means, metric).estimates == {}
+
+
+def test_the_sentence_of_the_chart_and_the_table_say_the_same(recorded):
+    metric = accuracy.METRICS[recorded.task][0]
+    rows = [replace(row, value=row.value + 0.1) if row.versus is None else row for row in recorded.means]
+    sentence = measured_dots(recorded.task, recorded.scores, rows).description
+    table = Text(views.headline(replace(recorded, means=tuple(rows)))["cells"]["table"]).text
+    for row in rows:
+        if row.versus is None and row.metric == metric:
+            assert percent(row.value) in sentence and percent(row.value) in table
 
 
 @pytest.mark.parametrize(
@@ -482,8 +506,8 @@ def test_downloads_hold_the_rows(recorded, tmp_path):
     buttons = tab._downloads(recorded, tmp_path)
     assert all(button.interactive for button in buttons)
     lines = (tmp_path / f"accuracy_{recorded.task}.jsonl").read_text().splitlines()
-    assert len(lines) == len(recorded.scores)
-    assert len((tmp_path / f"accuracy_{recorded.task}.csv").read_text().splitlines()) == len(lines) + 1
+    assert len(lines) == len(recorded.scores) + len(recorded.means)
+    assert len((tmp_path / f"accuracy_{recorded.task}.csv").read_text().splitlines()) == len(recorded.scores) + 1
     assert read_recorded(tmp_path, recorded.task) == recorded
     assert not any(button.interactive for button in tab._downloads(Recorded("code"), tmp_path))
 

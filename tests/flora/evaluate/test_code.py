@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,17 +25,20 @@ from flora.evaluate.code import (
     answer,
     answers_of,
     grade,
-    mean_difference,
     mean_of,
     scores_of,
     tables,
     targets,
 )
 from flora.evaluate.problems import CORPUS, TAGS, Problem, held_out_problems
-from flora.evaluate.rows import PROJECT, Answer, Item, Score, read_rows
+from flora.evaluate.report import Target
+from flora.evaluate.results import mean_rows
+from flora.evaluate.rows import PROJECT, Answer, Item, Mean, Score, read_rows
 from flora.evaluate.sandbox import Result, find_sandbox
 from flora.evaluate.tasks import tasks_of
 from flora.evaluate.toolchains import Grader
+
+from .test_rows import score as made_score
 
 
 def problems_of(tag: str, count: int, **fields) -> list[Problem]:
@@ -303,6 +307,20 @@ def tallies_of(rates: dict[tuple[str, str | None], float], tags: tuple[str, ...]
     return made
 
 
+def means_of(tallies: dict, ks: tuple[int, ...] = (1,)) -> list[Mean]:
+    """The means that the scores of these tallies have."""
+    scores = [
+        made_score(tag, method, tally.rate(k).value, adapter, metric=f"pass@{k}", items=len(tally.samples), source=f"{tag}.jsonl")
+        for (tag, method, adapter), tally in tallies.items()
+        for k in ks
+    ]
+    return mean_rows(scores, partial(mean_of, tallies))
+
+
+def judged_targets(tallies: dict, languages: tuple[str, ...], adapters: tuple[str, ...] = TAGS) -> list[Target]:
+    return targets(tallies, means_of(tallies), languages, adapters)
+
+
 GOOD = {("base", None): 0.45, ("ia3", "own"): 0.7, ("lora", "own"): 0.8, ("flora", "own"): 0.8, ("flora", "other"): 0.2}
 
 
@@ -319,31 +337,62 @@ GOOD = {("base", None): 0.45, ("ia3", "own"): 0.7, ("lora", "own"): 0.8, ("flora
     ],
 )
 def test_targets_hold_or_not(changed, met):
-    assert [target.met for target in targets(tallies_of(GOOD | changed), ("lua", "rb"), ("lua", "rb"))] == met
+    assert [target.met for target in judged_targets(tallies_of(GOOD | changed), ("lua", "rb"), ("lua", "rb"))] == met
 
 
 def test_two_points_behind_lora_are_allowed():
     tallies = tallies_of({("lora", "own"): 0.80, ("flora", "own"): 0.78}, count=50)
-    assert targets(tallies, ("lua", "rb"))[2].met and "−2 points" in targets(tallies, ("lua", "rb"))[2].what
-    assert mean_difference(tallies, "flora", "lora", ("lua", "rb")).value == pytest.approx(-0.02)
+    target = judged_targets(tallies, ("lua", "rb"))[2]
+    assert target.met and "−2 points" in target.what and target.measured.startswith("-2.0 points [")
+    assert mean_of(tallies, "flora", "lora", "pass@1", ("lua", "rb")).value == pytest.approx(-0.02)
 
 
 def test_what_was_not_measured_is_no_promise_kept():
-    assert [target.met for target in targets({}, ())] == [None] * 5
+    assert [target.met for target in targets({}, [], ())] == [None] * 5
     without_lora = {key: tally for key, tally in tallies_of(GOOD).items() if key[1] != "lora"}
-    assert [target.met for target in targets(without_lora, ("lua", "rb"), ("lua", "rb"))] == [True, True, None, True, True]
-    one_language_more = targets(tallies_of(GOOD), ("lua", "rb", "pl"), ("lua", "rb"))
+    assert [target.met for target in judged_targets(without_lora, ("lua", "rb"), ("lua", "rb"))] == [True, True, None, True, True]
+    one_language_more = judged_targets(tallies_of(GOOD), ("lua", "rb", "pl"), ("lua", "rb"))
     assert [target.met for target in one_language_more] == [None] * 5
-    assert targets(tallies_of(GOOD), ("lua", "rb"), TAGS)[4].met is None, "an adapter that was not tried on every language"
+    assert judged_targets(tallies_of(GOOD), ("lua", "rb"), TAGS)[4].met is None, "an adapter that was not tried on every language"
 
 
 def test_means_are_of_languages_with_intervals_of_problems():
     tallies = tallies_of({("base", None): 0.25}, count=40)
-    mean = mean_of(tallies, "base", ("lua", "rb"))
+    mean = mean_of(tallies, "base", None, "pass@1", ("lua", "rb"))
     assert mean.value == 0.25 and mean.low < 0.25 < mean.high
     # The same problems pass in both languages: two languages tell no more than one.
-    alone = mean_of(tallies, "base", ("lua",))
+    alone = mean_of(tallies, "base", None, "pass@1", ("lua",))
     assert (mean.low, mean.high) == (alone.low, alone.high)
+
+
+def test_languages_count_the_same_however_many_problems_they_have():
+    tallies = {**tallies_of({("base", None): 1.0}, ("lua",), 30), **tallies_of({("base", None): 0.0}, ("rb",), 10)}
+    mean = mean_of(tallies, "base", None, "pass@1", ("lua", "rb"))
+    assert mean.value == pytest.approx(0.5) and mean.low < 0.5 < mean.high
+    tallies |= {**tallies_of({("flora", "own"): 1.0}, ("lua",), 30), **tallies_of({("flora", "own"): 0.6}, ("rb",), 10)}
+    assert mean_of(tallies, "flora", "base", "pass@1", ("lua", "rb")).value == pytest.approx(0.3)
+
+
+def test_every_method_that_has_all_languages_has_a_mean_of_each_metric():
+    tallies = tallies_of({("base", None): 0.4, ("lora", "own"): 0.8, ("flora", "own"): 0.6}) | tallies_of(
+        {("ia3", "own"): 0.5}, ("lua",)
+    )
+    for tally in tallies.values():
+        for problem in list(tally.samples):
+            tally.add(problem, False)
+    made = means_of(tallies, (1, 2))
+    assert [(mean.metric, mean.method, mean.versus) for mean in made] == [
+        (metric, method, versus)
+        for metric in ("pass@1", "pass@2")
+        for method, versus in (("base", None), ("lora", None), ("flora", None), ("flora", "base"), ("flora", "lora"))
+    ], "IA3 was tried on one language only"
+    values = {(mean.metric, mean.method, mean.versus): mean.value for mean in made}
+    assert values["pass@1", "flora", None] == 0.3 and values["pass@2", "flora", None] == 0.6
+    assert values["pass@1", "flora", "lora"] == -0.1 and values["pass@2", "flora", "base"] == 0.2
+    assert {(mean.languages, mean.items, mean.source) for mean in made} == {(("lua", "rb"), 40, "lua.jsonl rb.jsonl")}
+    (lead,) = (mean for mean in made if (mean.metric, mean.method, mean.versus) == ("pass@1", "flora", "lora"))
+    assert lead.low == pytest.approx(mean_of(tallies, "flora", "lora", "pass@1", ("lua", "rb")).low, abs=1e-6)
+    assert mean_rows([], partial(mean_of, {})) == []
 
 
 def test_tables_say_what_was_not_graded(judged):
@@ -351,7 +400,7 @@ def test_tables_say_what_was_not_graded(judged):
     tasks = list(tasks_of({"lua": problems_of("lua", 2), "swift": problems_of("swift", 1)}, checkpoints, confusion=1))
     grades = grade(FakeGrader(), tasks, dict.fromkeys(tasks, "x"))
     scores = scores_of(grades, engine, checkpoints, {"lua": CORPUS, "swift": CORPUS}, (1,), 1, FACTS)
-    shown = tables(grades, scores, (1,))
+    shown = tables(grades, scores, mean_rows(scores, partial(mean_of, grades.tallies)), (1,))
     assert "not graded: swift, Swift is not installed" in shown
     lines = {line.split()[0]: line for line in shown.splitlines() if line.strip()}
     assert "100.0 %" in lines["lua"] or "100.0" in lines["lua"]
@@ -359,7 +408,7 @@ def test_tables_say_what_was_not_graded(judged):
 
 
 def test_tables_of_nothing_are_empty():
-    assert tables(Grades(), [], (1,)) == ""
+    assert tables(Grades(), [], [], (1,)) == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------- command
@@ -405,7 +454,12 @@ def test_a_file_is_scored_for_each_method(tiny, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "not graded: swift, Swift is not installed" in printed.out and "mean pass@1 of 2 languages" in printed.out
     assert "adapter's" not in printed.out and not printed.err
-    scores = read_rows(path)
+    rows = read_rows(path)
+    scores = [row for row in rows if isinstance(row, Score)]
+    means = {(row.method, row.versus): row for row in rows if isinstance(row, Mean)}
+    assert set(means) == {("base", None), ("lora", None), ("flora", None), ("flora", "base"), ("flora", "lora")}
+    assert means["flora", None].languages == ("lua", "rb") and means["flora", None].value == 0.5, "Swift is not graded"
+    assert f"flora   50.0 % [{100 * means['flora', None].low:.1f}, " in printed.out, "what is printed is what is recorded"
     assert [(s.language, s.method, s.adapter, s.value) for s in scores] == [
         ("lua", "base", None, 1.0), ("lua", "lora", "lua", 1.0), ("lua", "flora", "lua", 1.0),
         ("rb", "base", None, 0.0), ("rb", "lora", "rb", 0.0), ("rb", "flora", "rb", 0.0),
@@ -423,7 +477,7 @@ def test_rows_on_the_terminal_stand_alone(tiny, capsys):
     words = [*tiny, "--json", "-", "--languages", "rb", "lua", "--problems", "2", "--confusion", "1", "--methods", "flora"]
     assert command.main([*words, "-n", "2", "-k", "1", "2", "--temperature", "0.8"]) == 0
     printed = capsys.readouterr()
-    rows = [json.loads(line) for line in printed.out.splitlines()]
+    rows = [row for row in map(json.loads, printed.out.splitlines()) if row["kind"] == "score"]
     assert [(r["language"], r["adapter"], r["metric"], r["items"], r["samples"]) for r in rows] == [
         (tag, adapter, f"pass@{k}", 2 if adapter == tag else 1, 2)
         for tag, other in (("rb", "lua"), ("lua", "rb"))
@@ -439,7 +493,10 @@ def test_a_report_merges_into_what_is_there(tiny, tmp_path, capsys):
     for methods in (["base"], ["lora", "flora"]):
         assert command.main([*tiny, "--report", "--results", str(results), "--methods", *methods]) == 0
     assert sorted(path.name for path in results.iterdir()) == ["accuracy_code.jsonl", "answers_code.jsonl"]
-    scores = read_rows(results / "accuracy_code.jsonl")
+    rows = read_rows(results / "accuracy_code.jsonl")
+    scores = [row for row in rows if isinstance(row, Score)]
+    means = [(row.method, row.versus) for row in rows if isinstance(row, Mean)]
+    assert means == [("base", None), ("lora", None), ("flora", None), ("flora", "lora")], "each of one run"
     assert {(s.method, s.adapter) for s in scores if s.language == "lua"} == {
         ("base", None), ("lora", "lua"), ("flora", "lua"), ("flora", "rb"),
     }  # fmt: skip
@@ -466,7 +523,8 @@ def test_adapters_that_are_not_there_are_left_out_by_name(checkpoints, tiny, tmp
     assert command.main(words) == 0
     printed = capsys.readouterr()
     assert "left out, since there is no such adapter: lua/ia3, lua/lora, rb/ia3, rb/lora, rb/flora" in printed.err
-    assert [json.loads(line)["method"] for line in printed.out.splitlines()] == ["base", "flora", "base"]
+    scores = [row for row in map(json.loads, printed.out.splitlines()) if row["kind"] == "score"]
+    assert [row["method"] for row in scores] == ["base", "flora", "base"]
 
 
 @pytest.mark.usefixtures("fake_grader")
@@ -488,7 +546,8 @@ def test_prompts_longer_than_the_context_are_counted(tiny, tmp_path, capsys):
     assert command.main([*tiny, "--json", "-"]) == 0
     printed = capsys.readouterr()
     assert "3 prompts are longer than the model's context and count as not passed" in printed.err
-    assert {json.loads(line)["items"] for line in printed.out.splitlines()} == {3, 0}
+    rows = map(json.loads, printed.out.splitlines())
+    assert {row["items"] for row in rows if row["kind"] == "score"} == {3, 0}
 
 
 def test_an_interrupted_run_says_so(tiny, monkeypatch):
@@ -560,7 +619,9 @@ def test_the_embedded_model_is_judged_on_the_corpus(capsys, tmp_path):
         pytest.skip(str(error))
     words = ["code", "--report", "--languages", "lua", "pl", "--methods", "base", "flora", "--problems", "3", "--confusion", "1"]
     assert command.main([*words, "--results", str(tmp_path), "--max-new-tokens", "24"]) == 0
-    scores = read_rows(tmp_path / "accuracy_code.jsonl")
+    rows = read_rows(tmp_path / "accuracy_code.jsonl")
+    scores = [row for row in rows if isinstance(row, Score)]
+    assert {row.languages for row in rows if isinstance(row, Mean)} <= {("lua", "pl"), ("lua",), ("pl",)}
     assert {(s.method, s.adapter) for s in scores if s.language == "lua"} == {("base", None), *(("flora", tag) for tag in TAGS)}
     own = next(score for score in scores if (score.language, score.adapter) == ("lua", "lua"))
     assert own.checkpoint == "assets/adapters/code/lua/flora" and own.model == "assets/models/code" and own.source == CORPUS

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from flora.evaluate import __main__ as command
-from flora.evaluate.rows import PROJECT, Answer, Item, Score, read_rows
+from flora.evaluate.rows import PROJECT, Answer, Item, Mean, Score, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,11 @@ def test_a_folder_is_scored_for_each_method(tiny, folder, tmp_path, capsys):
     assert [line.split()[0] for line in printed.out.splitlines()[2:5]] == ["aa", "bb", "mean"]
     assert "lora" in printed.out and "flora" in printed.out and "Hindi and Marathi" in printed.out
     assert "adapter's" not in printed.out and not printed.err, "no confusion matrix, no bar where there is no terminal"
-    scores = read_rows(path)
+    rows = read_rows(path)
+    scores, means = ([row for row in rows if isinstance(row, kind)] for kind in (Score, Mean))
+    pairs = [("base", None), ("lora", None), ("flora", None), ("flora", "base"), ("flora", "lora")]
+    assert [(m.metric, m.method, m.versus) for m in means] == [(metric, *p) for metric in ("WER", "WER, normalised") for p in pairs]
+    assert {(m.languages, m.items, m.source, m.command) for m in means} == {(("aa", "bb"), 6, folder.name, scores[0].command)}
     assert [(s.language, s.method, s.adapter) for s in scores[::2]] == [
         ("aa", "base", None), ("aa", "lora", "aa"), ("aa", "flora", "aa"),
         ("bb", "base", None), ("bb", "lora", "bb"), ("bb", "flora", "bb"),
@@ -67,7 +71,8 @@ def test_rows_on_the_terminal_stand_alone(tiny, capsys):
     assert command.main([*tiny, "--json", "-", "--methods", "flora", "--confusion", "2"]) == 0
     printed = capsys.readouterr()
     rows = [json.loads(line) for line in printed.out.splitlines()]
-    raw = [(row["language"], row["adapter"], row["items"]) for row in rows if row["metric"] == "WER"]
+    scores = [row for row in rows if row["kind"] == "score"]
+    raw = [(row["language"], row["adapter"], row["items"]) for row in scores if row["metric"] == "WER"]
     assert raw == [("aa", "aa", 3), ("aa", "bb", 2), ("bb", "bb", 3), ("bb", "aa", 2)]
     assert {row["method"] for row in rows} == {"flora"} and "aa's" in printed.err, "the tables go elsewhere"
 
@@ -76,7 +81,7 @@ def test_a_report_merges_into_what_is_there(tiny, tmp_path, capsys):
     results = tmp_path / "results"
     for methods in (["base"], ["lora", "flora"]):
         assert command.main([*tiny, "--report", "--results", str(results), "--methods", *methods]) == 0
-    scores = read_rows(results / "accuracy_speech.jsonl")
+    scores = [row for row in read_rows(results / "accuracy_speech.jsonl") if isinstance(row, Score)]
     assert {(s.method, s.adapter) for s in scores if s.language == "aa"} == {
         ("base", None), ("lora", "aa"), ("flora", "aa"), ("flora", "bb"),
     }  # fmt: skip
@@ -181,7 +186,11 @@ def test_the_embedded_model_is_judged_on_the_corpus(capsys, tmp_path):
     """Two languages, a few clips, base and fLoRA, with the other language's adapters: the shape of the report, not its numbers."""
     words = ["speech", "--report", "--languages", "cs", "hi", "--methods", "base", "flora", "--clips", "6", "--confusion", "2"]
     assert command.main([*words, "--corpus", str(tmp_path / "spoken"), "--results", str(tmp_path)]) == 0
-    scores = [score for score in read_rows(tmp_path / "accuracy_speech.jsonl") if score.metric == "WER"]
+    rows = [row for row in read_rows(tmp_path / "accuracy_speech.jsonl") if row.metric == "WER"]
+    scores = [row for row in rows if isinstance(row, Score)]
+    assert [(m.method, m.versus, m.languages) for m in rows if isinstance(m, Mean)] == [
+        (method, versus, ("cs", "hi")) for method, versus in (("base", None), ("flora", None), ("flora", "base"))
+    ]
     assert {(s.language, s.method, s.adapter) for s in scores if s.language == "cs"} == {
         ("cs", "base", None), *(("cs", "flora", tag) for tag in ("ar", "cs", "lt", "mr", "mn", "hi")),
     }  # fmt: skip

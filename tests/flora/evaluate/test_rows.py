@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from flora.evaluate import rows
 from flora.evaluate.rows import (
     Answer,
     Item,
+    Mean,
     Score,
     command_line,
     environment,
@@ -28,6 +30,11 @@ SCORE = Score(
     items=100, samples=1, temperature=0.0, graded=True, reason=None, model="assets/models/code",
     checkpoint="assets/adapters/code/lua/flora", rank=4, source="corpus held-out", seed=1, dtype="float32", device="cpu",
     versions={"python": "3.11", "torch": "2.13"}, command="python -m flora.evaluate code",
+)  # fmt: skip
+MEAN = Mean(
+    task="code", method="flora", versus="lora", metric="pass@1", value=-0.01, low=-0.03, high=0.02, confidence=0.95,
+    languages=("lua", "rb"), items=200, model="assets/models/code", source="corpus held-out", seed=1,
+    command="python -m flora.evaluate code",
 )  # fmt: skip
 ITEM = Item("speech", "cs", "cs_1", None, "dva tři", "assets/clips/cs_1.flac")
 ANSWER = Answer("speech", "cs", "cs_1", "flora", "cs", "dva tři", True, wer=0.0)
@@ -51,6 +58,10 @@ def test_a_line_has_the_agreed_fields_in_their_order():
             "checkpoint rank source seed dtype device versions command"
         ).split()
     )
+    assert (
+        list(json.loads(to_line(MEAN)))
+        == "kind task method versus metric value low high confidence languages items model source seed command".split()
+    )
     assert list(json.loads(to_line(ITEM))) == "kind task language item prompt reference clip".split()
     common = "kind task language item method adapter text passed".split()
     assert list(json.loads(to_line(ANSWER))) == [*common, "wer"]
@@ -60,9 +71,10 @@ def test_a_line_has_the_agreed_fields_in_their_order():
 
 def test_what_is_written_is_read_back(tmp_path):
     path = tmp_path / "new folder" / "rows.jsonl"
-    written = [SCORE, replace(SCORE, value=None, low=None, high=None, graded=False, reason="swift"), ITEM, ANSWER, FOR_CODE]
+    not_graded = replace(SCORE, value=None, low=None, high=None, graded=False, reason="swift")
+    written = [SCORE, not_graded, MEAN, ITEM, ANSWER, FOR_CODE]
     assert write_rows(path, written) == written == read_rows(path)
-    assert path.read_bytes().count(b"\n") == 5 and path.stat().st_mode & 0o777 == 0o644
+    assert path.read_bytes().count(b"\n") == 6 and path.stat().st_mode & 0o777 == 0o644
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -83,6 +95,7 @@ def test_fields_of_a_later_version_do_no_harm(tmp_path):
         '{"kind": "item", "task": "code"}',
         '{"kind": ["score"]}',
         "[" * 9999,
+        '{"kind": "item", "task": ' + "9" * 9999 + "}",
     ],
 )
 def test_a_line_that_is_no_row_is_named(tmp_path, line):
@@ -91,6 +104,53 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
     with pytest.raises(EvaluationError, match="rows.jsonl, line 2 is not a row") as caught:
         read_rows(path)
     assert isinstance(caught.value, FloraError) and str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "value"),
+    [
+        (SCORE, "value", "0.7"),
+        (SCORE, "value", math.nan),
+        (SCORE, "value", math.inf),
+        (SCORE, "value", 10**400),
+        (SCORE, "value", True),
+        (SCORE, "confidence", None),
+        (SCORE, "low", [0.1]),
+        (SCORE, "language", 7),
+        (SCORE, "graded", "yes"),
+        (SCORE, "items", None),
+        (SCORE, "items", True),
+        (SCORE, "items", 1.5),
+        (SCORE, "rank", -math.inf),
+        (SCORE, "versions", "2.13"),
+        (SCORE, "versions", {"torch": 2.13}),
+        (SCORE, "adapter", {}),
+        (SCORE, "command", None),
+        (MEAN, "languages", "lua"),
+        (MEAN, "languages", ["lua", 7]),
+        (MEAN, "value", None),
+        (MEAN, "versus", 1),
+        (MEAN, "high", math.nan),
+        (ITEM, "reference", None),
+        (ITEM, "clip", 3),
+        (ANSWER, "passed", "yes"),
+        (ANSWER, "wer", math.nan),
+        (FOR_CODE, "outcome", 1),
+    ],
+)
+def test_a_field_of_another_type_is_named_with_its_line(tmp_path, row, field, value):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(to_line(row) + "\n" + json.dumps(json.loads(to_line(row)) | {field: value}) + "\n")
+    said = f"rows.jsonl, line 2, of kind {row.kind}, has a {field} that makes no sense: evaluate again"
+    with pytest.raises(EvaluationError, match=said) as caught:
+        read_rows(path)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_whole_numbers_are_fractions_too(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(to_line(replace(SCORE, value=1, low=0, high=1, temperature=0)) + "\n")
+    assert read_rows(path) == [replace(SCORE, value=1.0, low=0.0, high=1.0)]
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
@@ -153,6 +213,33 @@ def test_answers_to_another_problem_of_the_same_name_are_dropped():
     assert same == [ITEM, replace(ANSWER, text="dva"), old[2], old[3]]
     other = replace(ITEM, reference="tři")
     assert merge_rows(old, [other, replace(ANSWER, text="tři")]) == [other, replace(ANSWER, text="tři"), old[3]]
+
+
+def test_a_mean_goes_with_the_scores_it_was_taken_of():
+    others = [replace(MEAN, versus=None), replace(MEAN, method="base", versus=None), replace(MEAN, versus="ia3")]
+    old = [score("lua", "flora", 0.7), MEAN, *others, replace(MEAN, metric="pass@10"), replace(MEAN, languages=("rb", "d"))]
+    old[-1] = replace(old[-1], task="speech")
+    again = score("lua", "flora", 0.8)
+    assert merge_rows(old, [again]) == [again, others[1], *old[-2:]]
+    lora = score("rb", "lora", 0.8)
+    assert merge_rows(old, [lora]) == [old[0], *old[2:], lora], "the one it is compared with counts as well"
+    base = score("rb", "base", 0.8)
+    assert merge_rows(old, [base]) == [*old[:3], *old[4:], base]
+    fresh = [again, replace(MEAN, value=0.5)]
+    assert merge_rows(old, fresh) == [*fresh, others[1], *old[-2:]], "a mean that is measured again takes the old one's place"
+
+
+@pytest.mark.parametrize(
+    "other", [score("lua", "flora", 0.1, adapter="rb"), score("lua", "ia3", 0.1), score("d", "flora", 0.1), ITEM]
+)
+def test_what_a_mean_is_not_taken_of_leaves_it(other):
+    assert merge_rows([MEAN], [other]) == [MEAN, other]
+
+
+@pytest.mark.parametrize("change", [{"task": "speech"}, {"method": "ia3"}, {"versus": None}, {"metric": "pass@10"}])
+def test_what_makes_a_mean_another_one(change):
+    assert merge_rows([MEAN], [replace(MEAN, **change)]) == [MEAN, replace(MEAN, **change)]
+    assert merge_rows([MEAN], [replace(MEAN, languages=("lua",))]) == [replace(MEAN, languages=("lua",))]
 
 
 # ---------------------------------------------------------------------------------------------------------- environment

@@ -1,5 +1,6 @@
 """Word errors against hand counts and jiwer, who transcribes what, and whether the targets hold."""
 
+from functools import partial
 from itertools import product
 
 import jiwer
@@ -12,12 +13,14 @@ from flora import Engine, Request
 from flora.evaluate import speech
 from flora.evaluate.checkpoints import Checkpoint, shipped_model
 from flora.evaluate.clips import Clip, example_clips
+from flora.evaluate.results import mean_rows
 from flora.evaluate.rows import PROJECT
 from flora.evaluate.speech import (
     NORMALISED,
     RAW,
     Tally,
     answers_of,
+    mean_of,
     measure,
     normaliser,
     scores_of,
@@ -26,6 +29,8 @@ from flora.evaluate.speech import (
     word_errors,
 )
 from flora.evaluate.tasks import tasks_of
+
+from .test_rows import score
 
 # -------------------------------------------------------------------------------------------------------------- scoring
 
@@ -222,13 +227,27 @@ def tallies_of(base=(3, 1), ia3=(1, 1), lora=(0, 1), flora=(0, 1), wrong=(3, 2),
     return made
 
 
+def means_of(tallies):
+    """The means that the scores of these tallies have."""
+    scores = [
+        score(tag, method, of_tag.rate(metric).value, adapter, task="speech", metric=metric, items=len(of_tag.errors[metric]))
+        for (tag, method, adapter), of_tag in tallies.items()
+        for metric in speech.METRICS
+    ]
+    return mean_rows(scores, partial(mean_of, tallies))
+
+
+def judged_targets(tallies, languages=("cs", "hi")):
+    return targets(tallies, means_of(tallies), languages)
+
+
 def met(**changes):
-    return [target.met for target in targets(tallies_of(**changes), ("cs", "hi"))]
+    return [target.met for target in judged_targets(tallies_of(**changes))]
 
 
 def test_the_targets():
     """Means: base 2/3, IA3 1/3, LoRA and fLoRA 1/6; the wrong adapter 5/6."""
-    held = targets(tallies_of(), ("cs", "hi"))
+    held = judged_targets(tallies_of())
     assert [target.met for target in held] == [True, False, True, True, True]
     assert held[0].measured.startswith("66.7 % [") and held[1].measured.startswith("16.7 % [")
     assert held[2].measured == "+0.0 points [+0.0, +0.0]" and held[3].measured.startswith("-16.7 points [")
@@ -243,8 +262,25 @@ def test_the_targets():
 def test_a_target_that_was_not_measured_is_neither_met_nor_missed():
     made = tallies_of()
     del made["hi", "ia3", "hi"], made["cs", "flora", "hi"]
-    held = targets(made, ("cs", "hi"))
+    held = judged_targets(made)
     assert [target.met for target in held] == [True, False, True, None, None]
     assert [target.measured for target in held[3:]] == [None, None]
-    assert [target.met for target in targets({}, ("cs", "hi"))] == [None] * 5
-    assert len(targets(made)) == 5 and targets(made)[0].met is None, "by default over the six languages"
+    assert [target.met for target in targets({}, [], ("cs", "hi"))] == [None] * 5
+    six = targets(made, means_of(made))
+    assert len(six) == 5 and six[0].met is None, "by default over the six languages"
+
+
+def test_every_method_that_has_all_languages_has_a_mean_of_each_metric():
+    """Of paired clips: fLoRA errs where LoRA does, so their difference is known better than either."""
+    made = tallies_of(flora=(0, 2))
+    del made["hi", "ia3", "hi"]
+    means = {(mean.metric, mean.method, mean.versus): mean for mean in means_of(made)}
+    pairs = [("base", None), ("lora", None), ("flora", None), ("flora", "base"), ("flora", "lora")]
+    assert list(means) == [(metric, *pair) for metric in speech.METRICS for pair in pairs]
+    lead, alone = means[RAW, "flora", "lora"], means[RAW, "flora", None]
+    assert (lead.value, alone.value) == pytest.approx((1 / 6, 1 / 3), abs=1e-6)
+    assert (alone.task, alone.languages, alone.items, alone.confidence) == ("speech", ("cs", "hi"), 80, 0.95)
+    assert 0 < lead.low < lead.value < lead.high and lead.high - lead.low < alone.high - alone.low
+    perfect = means_of(tallies_of(flora=(0, 0)))
+    (best,) = (mean for mean in perfect if (mean.metric, mean.method, mean.versus) == (RAW, "flora", None))
+    assert (best.value, best.low) == (0.0, 0.0) and best.high > 0.01, "80 clips do not prove that there is never an error"
