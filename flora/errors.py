@@ -49,3 +49,8 @@ class TrainingError(FloraError):
 
 class DivergenceError(TrainingError):
     """A loss or an adapter that became NaN or infinite."""
+
+
+def first_line(error: Exception | str) -> str:
+    """The first line of what another library says went wrong, short enough to be quoted in a sentence."""
+    return str(error).strip().partition("\n")[0][:200]

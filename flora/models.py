@@ -23,7 +23,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from flora.errors import ModelError
+from flora.errors import ModelError, first_line
 
 KNOWN_MODELS = {
     "starcoder": "bigcode/starcoder",
@@ -188,5 +188,5 @@ def _explained(load: Any, source: str, display: str, **options: Any) -> Any:
     except (ValueError, KeyError, ImportError, RuntimeError) as error:
         logging.getLogger(__name__).info("loading %s failed", display, exc_info=error)
         place = str(Path(source).absolute())  # where the folder lies is nobody's business
-        reason = str(error).replace(place, display).strip().partition("\n")[0][:200]
+        reason = first_line(str(error).replace(place, display))
         raise ModelError(f"model {display} could not be loaded ({type(error).__name__}: {reason})") from error

@@ -15,11 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from flora.engine import Engine, Request
 from flora.errors import ModelError, RequestError
+from flora.names import public_name
 from profiling import hardware, report, workload
 from profiling.compare import checked_methods, compare
 from profiling.comparison import ComparisonResult
 from profiling.events import Finished, Progress
-from profiling.hardware import public_name
 
 
 def run(options: argparse.Namespace) -> int:
@@ -84,7 +84,7 @@ def _load(options: argparse.Namespace) -> tuple[dict[str, Engine], list[Request]
         )
         requests = [workload.request_from_row(row, folder, options.max_new_tokens) for row in rows]
     names = {index: row["audio"] for index, row in enumerate(rows) if row.get("audio") is not None}
-    return engines, requests, {index: public_name(str(workload.find_clip(name, folder))) for index, name in names.items()}
+    return engines, requests, {index: public_name(workload.find_clip(name, folder)) for index, name in names.items()}
 
 
 def _run(

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 
+from flora.names import public_name
+
 if TYPE_CHECKING:
     from flora.engine import Engine
-
-PROJECT = Path(__file__).resolve().parents[1]
 
 
 @cache
@@ -65,15 +65,6 @@ def model_facts(engine: Engine) -> dict:
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
     }
-
-
-def public_name(name: str) -> str:
-    """A hub id or relative path as it is; an absolute one seen from here or from the project, else its last two parts."""
-    path = Path(name)
-    for root in (Path.cwd(), PROJECT):
-        if path.is_absolute() and path.is_relative_to(root):
-            return path.relative_to(root).as_posix()
-    return "/".join(path.parts[-2:]) if path.is_absolute() or ".." in path.parts or name.startswith("~") else name
 
 
 def environment(engines: Mapping[str, Engine] | None = None) -> dict:

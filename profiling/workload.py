@@ -16,7 +16,7 @@ from flora.audio import load_audio
 from flora.corpus.code import example_prompts
 from flora.engine import Engine, Request
 from flora.errors import RequestError
-from profiling.hardware import public_name
+from flora.names import public_name
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 MAX_NEW_TOKENS = 48
@@ -232,5 +232,5 @@ def _adapters_given(engine: Engine, kind: str, tags: Collection[str | None]) -> 
     for tag in sorted(tag for tag in tags if tag in engine.adapters):
         sources = engine.adapters[tag].sources
         if {Path(source).resolve() for source in sources} != set(shipped.get(tag, ())):
-            given += [f"{tag}={public_name(str(source))}" for source in sources]
+            given += [f"{tag}={public_name(source)}" for source in sources]
     return given

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora.errors import AdapterError
-from flora.evaluate.rows import METHODS, PROJECT
+from flora.evaluate.rows import METHODS
 from flora.formats import CONFIG_FILE
+from flora.names import PROJECT
 
 SERVED_BY = {"base": "flora", "ia3": "flora", "flora": "flora", "lora": "bmm-lora"}
 """Method of an adapter → the engine's method that serves it. The base model is a row without adapter in a batch of any method."""

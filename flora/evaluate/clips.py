@@ -20,9 +20,10 @@ import numpy as np
 
 from flora.audio import load_audio
 from flora.corpus.speech import LANGUAGES, SAMPLING_RATE, build_dataset
-from flora.errors import AudioError, EvaluationError
+from flora.errors import AudioError, EvaluationError, first_line
+from flora.names import last_part
+from flora.tables import LARGEST_BAD_SHARE, cells, json_lines, with_sound_as_files
 
-LARGEST_BAD_SHARE = 0.01
 FILE_COLUMNS = ("file_name", "path", "audio", "file", "audio_filepath")
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text")
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.tsv")
@@ -147,13 +148,14 @@ def _listed(metadata: Path) -> list[_Entry]:
         content = metadata.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{metadata.name} cannot be read as UTF-8 text: save it again") from error
-    rows = _json_rows(content) if metadata.suffix.lower() in (".jsonl", ".json") else _table_rows(content, metadata)
+    is_json = metadata.suffix.lower() in (".jsonl", ".json")
+    rows = json_lines(content.split("\n")) if is_json else _table_rows(content, metadata)
     entries = []
     for number, row in rows:
         place = f"{metadata.name}, line {number}"
         file, text = (_first(row, columns) for columns in (FILE_COLUMNS, TEXT_COLUMNS)) if isinstance(row, dict) else (None, None)
         if isinstance(row, str):
-            entries.append(_Entry(place, problem=f"{place}: {row}"))
+            entries.append(_Entry(place, problem=f"{place}: this is not a JSON object"))
         elif not isinstance(file, str) or not file.strip():
             entries.append(_Entry(place, problem=f"{place} names no file; its column is one of {', '.join(FILE_COLUMNS)}"))
         elif not isinstance(text, str):
@@ -169,22 +171,10 @@ def _first(row: Mapping[str, Any], columns: Sequence[str]) -> Any:
     return next((row[column] for column in columns if row.get(column) is not None), None)
 
 
-def _json_rows(content: str) -> Iterator[tuple[int, dict | str]]:
-    """(line number, row) of JSONL; a sentence in place of a row that is none."""
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
-                row = None
-            yield number, row if isinstance(row, dict) else "this is not a JSON object"
-
-
-def _table_rows(content: str, metadata: Path) -> Iterator[tuple[int, dict | str]]:
+def _table_rows(content: str, metadata: Path) -> Iterator[tuple[int, dict]]:
     """(line number, row) of a CSV, or of a TSV, in which quotation marks are text as in Common Voice's."""
     tabs = metadata.suffix.lower() == ".tsv"
-    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-    reader = csv.DictReader(io.StringIO(content, newline=""), **style)
+    reader = cells(io.StringIO(content, newline=""), tabs, quotes=not tabs, strict=True)
     try:
         known = {*FILE_COLUMNS} & {*(reader.fieldnames or ())} and {*TEXT_COLUMNS} & {*(reader.fieldnames or ())}
         if not known:
@@ -210,7 +200,7 @@ def dataset_clips(language: str, name: str, config: str | None, split: str, wind
     """
     import datasets  # heavy, and needed here only
 
-    shown = Path(name).name if Path(name).exists() else name
+    shown = last_part(name)
     source = ":".join([shown, *([config] if config else []), split])
     try:
         data = datasets.load_dataset(name, config, split=split, streaming=True)
@@ -224,8 +214,9 @@ def dataset_clips(language: str, name: str, config: str | None, split: str, wind
             f"there is no data set {shown}, or it is gated: check its name, accept its terms and log in with `hf auth login`"
         ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise EvaluationError(f"the data set {source} cannot be opened ({reason}): check its configuration and split") from error
+        raise EvaluationError(
+            f"the data set {source} cannot be opened ({first_line(error)}): check its configuration and split"
+        ) from error
     text_column = next((column for column in TEXT_COLUMNS if column in features), None)
     audio_column = next((column for column, kind in features.items() if isinstance(kind, datasets.Audio)), None)
     audio_column = audio_column or next((column for column in FILE_COLUMNS if column in features), None)
@@ -234,9 +225,7 @@ def dataset_clips(language: str, name: str, config: str | None, split: str, wind
             f"the data set {source} has the columns {', '.join(features) or 'none'}: it needs audio, and its text in one of "
             f"{', '.join(TEXT_COLUMNS)}"
         )
-    if isinstance(features[audio_column], datasets.Audio):
-        data = data.cast_column(audio_column, datasets.Audio(decode=False))  # bytes: soundfile decodes them here
-    data = data.select_columns([audio_column, text_column])
+    data = with_sound_as_files(data).select_columns([audio_column, text_column])
     data = data if limit is None else data.take(limit)
     return Clips(language, source, window_s, None, _streamed(data, source, audio_column, text_column))
 
@@ -249,8 +238,9 @@ def _streamed(data: Iterable[Mapping[str, Any]], source: str, audio_column: str,
         try:
             row = next(rows, None)
         except (OSError, ValueError, DatasetsError) as error:
-            reason = str(error).strip().partition("\n")[0][:200]
-            raise EvaluationError(f"the data set {source} broke off after {index + 1} clips ({reason}): try again") from error
+            raise EvaluationError(
+                f"the data set {source} broke off after {index + 1} clips ({first_line(error)}): try again"
+            ) from error
         if row is None:
             return
         audio, index = row[audio_column], index + 1

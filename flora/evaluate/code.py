@@ -38,10 +38,11 @@ from flora.evaluate.report import (
     target_table,
 )
 from flora.evaluate.results import Measured, mean_rows, score_rows
-from flora.evaluate.rows import METHODS, Answer, Item, Mean, Row, Score, public_name
+from flora.evaluate.rows import METHODS, Answer, Item, Mean, Row, Score
 from flora.evaluate.sandbox import Limits, Result, find_sandbox
 from flora.evaluate.tasks import Key, Task, tasks_of
 from flora.evaluate.toolchains import WALL_PER_CPU, Grader, recipe
+from flora.names import public_name
 
 CORPUS_PROBLEMS = 100
 CONFUSION_PROBLEMS = 25

@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 from flora.engine import Engine
 from flora.errors import AdapterError, EvaluationError, ModelError
 from flora.evaluate.checkpoints import Checkpoint, find_checkpoints, given_checkpoints, shipped_adapters, shipped_model
-from flora.evaluate.rows import METHODS, PROJECT, Row, to_line, write_rows
+from flora.evaluate.rows import METHODS, Row, to_line, write_rows
+from flora.names import PROJECT
 
 # -------------------------------------------------------------------------------------------------------------- options
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from flora.errors import EvaluationError
 from flora.evaluate.toolchains import RECIPES
+from flora.tables import LARGEST_BAD_SHARE
 
 HUB = "nuprl/MultiPL-E"
 BENCHMARKS = ("humaneval", "mbpp")
 CORPUS = "corpus held-out"
-LARGEST_BAD_SHARE = 0.01  # of a file's problems; with more the file is taken for another kind
 NAMED = 3  # bad problems that a message names
 TAGS = tuple(tag for tag in RECIPES if tag != "py")
 """The nine languages of the paper, by MultiPL-E's tags."""

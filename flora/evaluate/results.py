@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from flora.evaluate import intervals
 from flora.evaluate.checkpoints import Checkpoint
 from flora.evaluate.intervals import Interval
-from flora.evaluate.rows import METHODS, Mean, Score, environment, public_name
+from flora.evaluate.rows import METHODS, Mean, Score, environment
 from flora.evaluate.tasks import Key
+from flora.names import public_name
 
 if TYPE_CHECKING:
     from flora.engine import Engine

@@ -22,11 +22,11 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from flora.errors import EvaluationError
+from flora.names import public_name
 
 if TYPE_CHECKING:
     from flora.engine import Engine
 
-PROJECT = Path(__file__).resolve().parents[2]
 METHODS = ("base", "ia3", "lora", "flora")
 OUTCOMES = ("passed", "failed", "error", "timeout", "memory", "not graded")
 
@@ -287,15 +287,6 @@ def environment(engine: Engine, *more: str) -> dict[str, Any]:
         "device": engine.device.type,
         "versions": versions(*more),
     }
-
-
-def public_name(name: str | Path) -> str:
-    """A hub id or relative path as it is; an absolute one seen from here or from the project, else its last two parts."""
-    path = Path(name)
-    for root in (Path.cwd(), PROJECT):
-        if path.is_absolute() and path.is_relative_to(root):
-            return path.relative_to(root).as_posix()
-    return "/".join(path.parts[-2:]) if path.is_absolute() or ".." in path.parts else str(name)
 
 
 def command_line(arguments: Sequence[str]) -> str:

@@ -37,8 +37,9 @@ from flora.evaluate.command import whole
 from flora.evaluate.intervals import Interval
 from flora.evaluate.report import Promise, Target, confusion_table, mean_targets, needed_target, score_table, target_table
 from flora.evaluate.results import Measured, mean_rows, score_rows
-from flora.evaluate.rows import METHODS, PROJECT, Answer, Item, Mean, Row, Score, public_name
+from flora.evaluate.rows import METHODS, Answer, Item, Mean, Row, Score
 from flora.evaluate.tasks import Key, Task, number_of_tasks, tasks_of
+from flora.names import PROJECT, public_name
 
 RAW, NORMALISED = METRICS = ("WER", "WER, normalised")
 TAGS = tuple(tag for tag in LANGUAGES if tag != "en")  # English is what the embedded model knows without an adapter

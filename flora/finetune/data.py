@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +19,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flora.audio import load_audio
-from flora.errors import AudioError, DataError
+from flora.errors import AudioError, DataError, first_line
+from flora.names import last_part
+from flora.tables import LARGEST_BAD_SHARE, cells, json_lines, with_sound_as_files
 
-LARGEST_BAD_SHARE = 0.01
 NAMED = 5  # bad rows that a message names
 PEEKED = 50  # rows that show which columns there are
 TEXT_COLUMNS = ("text", "content", "code", "sentence", "transcription", "transcript")
@@ -55,7 +55,7 @@ class Source:
     @property
     def display(self) -> str:
         """The last part of a path; a hub id as it is."""
-        return Path(self.name).name if Path(self.name).exists() else self.name
+        return last_part(self.name)
 
 
 @dataclass(frozen=True)
@@ -294,25 +294,14 @@ def _file_rows(path: Path, prefix: str = "") -> Iterator[Row]:
 
 def _json_rows(path: Path, prefix: str) -> Iterator[Row]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, fields in json_lines(file):
             place = f"{prefix}line {number}"
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError):  # of which UnicodeDecodeError and JSONDecodeError are kinds
-                yield Row(place, problem="is not JSON")
-                continue
-            if isinstance(fields, dict):
-                yield Row(place, fields, folder=path.parent)
-            else:
-                yield Row(place, problem="is not a JSON object")
+            yield Row(place, problem=fields) if isinstance(fields, str) else Row(place, fields, folder=path.parent)
 
 
 def _csv_rows(path: Path, prefix: str) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # a program may be longer than the 128 kB that are usual
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        reader = cells(file, tabs=path.suffix == ".tsv")
         try:
             for fields in reader:
                 place = f"{prefix}line {reader.line_num}"
@@ -338,7 +327,7 @@ def _parquet_rows(path: Path, prefix: str) -> Iterator[Row]:
                 number += 1
                 yield Row(f"{prefix}row {number}", fields, folder=path.parent)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"data {path.name} is truncated or not a Parquet file: {_first_line(error)}") from error
+        raise DataError(f"data {path.name} is truncated or not a Parquet file: {first_line(error)}") from error
 
 
 def _saved_rows(folder: Path, source: Source) -> Iterator[Row]:
@@ -368,19 +357,10 @@ def _hub_rows(source: Source) -> Iterator[Row]:
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:  # its own errors are kinds of these
         raise DataError(
             f"data set {source.name} could not be read from the hub: check the name, --data-config, --data-split, the network and "
-            f"your login ({type(error).__name__}: {_first_line(error)})"
+            f"your login ({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
 def _dataset_rows(data: Any, source: Source) -> Iterator[Row]:
-    import datasets
-
-    for column, feature in (data.features or {}).items():
-        if isinstance(feature, datasets.Audio):  # decoded here, by the same reader as everything else
-            data = data.cast_column(column, datasets.Audio(decode=False))
-    for number, fields in enumerate(data, 1):
+    for number, fields in enumerate(with_sound_as_files(data), 1):
         yield Row(f"row {number}", fields)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]

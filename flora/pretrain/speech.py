@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jiwer
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -178,34 +179,16 @@ def batches(
         yield {"input_features": torch.from_numpy(inputs), "labels": torch.from_numpy(targets)}
 
 
-def word_errors(reference: str, hypothesis: str) -> int:
-    """Edit distance between two transcripts, in words."""
-    hypothesis_words = hypothesis.split()
-    distances = list(range(len(hypothesis_words) + 1))
-    for i, word in enumerate(reference.split(), 1):
-        diagonal, distances[0] = distances[0], i
-        for j, other in enumerate(hypothesis_words, 1):
-            diagonal, distances[j] = (
-                distances[j],
-                min(distances[j] + 1, distances[j - 1] + 1, diagonal + (word != other)),
-            )
-    return distances[-1]
-
-
 @torch.inference_mode()
 def word_error_rate(
     model: WhisperForConditionalGeneration, processor: WhisperProcessor, features: np.ndarray, texts: Sequence[str]
 ) -> float:
     """Word errors of greedy transcripts over the words of the references, 0.0 and up."""
-    errors = 0
+    transcripts: list[str] = []
     for first in range(0, len(texts), 50):
         inputs = torch.from_numpy(features[first : first + 50].astype(np.float32))
-        transcripts = processor.batch_decode(model.generate(inputs, max_length=50), skip_special_tokens=True)
-        errors += sum(
-            word_errors(text, hypothesis)
-            for text, hypothesis in zip(texts[first : first + 50], transcripts, strict=True)
-        )
-    return errors / sum(len(text.split()) for text in texts)
+        transcripts += processor.batch_decode(model.generate(inputs, max_length=50), skip_special_tokens=True)
+    return jiwer.wer(list(texts), transcripts)
 
 
 def model_card(

@@ -14,7 +14,7 @@ from flora.audio import load_audio
 from flora.corpus.speech import LANGUAGES
 from flora.errors import EvaluationError, ModelError
 from flora.evaluate.clips import corpus_clips, dataset_clips, example_clips, folder_clips
-from flora.evaluate.rows import PROJECT
+from flora.names import PROJECT
 
 SHIPPED = PROJECT / "assets" / "clips"
 

@@ -33,10 +33,11 @@ from flora.evaluate.code import (
 from flora.evaluate.problems import CORPUS, TAGS, Problem, held_out_problems
 from flora.evaluate.report import Target
 from flora.evaluate.results import mean_rows
-from flora.evaluate.rows import PROJECT, Answer, Item, Mean, Score, read_rows
+from flora.evaluate.rows import Answer, Item, Mean, Score, read_rows
 from flora.evaluate.sandbox import Result, find_sandbox
 from flora.evaluate.tasks import tasks_of
 from flora.evaluate.toolchains import Grader
+from flora.names import PROJECT
 
 from .test_rows import score as made_score
 

@@ -8,7 +8,8 @@ import pytest
 import soundfile
 
 from flora.evaluate import __main__ as command
-from flora.evaluate.rows import PROJECT, Answer, Item, Mean, Score, read_rows
+from flora.evaluate.rows import Answer, Item, Mean, Score, read_rows
+from flora.names import PROJECT
 
 
 @pytest.fixture(scope="module")

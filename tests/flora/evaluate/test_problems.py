@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from flora.corpus.code import LANGUAGES
 from flora.errors import EvaluationError
 from flora.evaluate.problems import HUB, TAGS, Problem, held_out_problems, hub_problems, read_problems
-from flora.evaluate.rows import PROJECT
 from flora.evaluate.sandbox import find_sandbox
 from flora.evaluate.toolchains import RECIPES, Grader
+from flora.names import PROJECT
 
 MULTIPL_E = PROJECT.parent / "shared" / "data" / "multipl_e"
 ROW = {"name": "one", "language": "lua", "prompt": "function f()\n", "tests": "f()", "stop_tokens": ["\nlocal", "\n\n"]}

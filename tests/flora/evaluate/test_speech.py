@@ -14,7 +14,6 @@ from flora.evaluate import speech
 from flora.evaluate.checkpoints import Checkpoint, shipped_model
 from flora.evaluate.clips import Clip, example_clips
 from flora.evaluate.results import mean_rows
-from flora.evaluate.rows import PROJECT
 from flora.evaluate.speech import (
     NORMALISED,
     RAW,
@@ -29,6 +28,7 @@ from flora.evaluate.speech import (
     word_errors,
 )
 from flora.evaluate.tasks import tasks_of
+from flora.names import PROJECT
 
 from .test_rows import score
 
