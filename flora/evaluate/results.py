@@ -30,14 +30,6 @@ class Measured:
     items: int
     reason: str | None = None
 
-    @property
-    def ends(self) -> dict[str, float | None]:
-        """value, low and high as fields of a row."""
-        found = (None, None, None) if self.interval is None else (self.interval.value, self.interval.low, self.interval.high)
-        return {
-            name: None if end is None else round(end, _DIGITS) for name, end in zip(("value", "low", "high"), found, strict=True)
-        }
-
 
 def _ends(interval: Interval | None) -> dict[str, float | None]:
     """value, low and high as fields of a row."""
