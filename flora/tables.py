@@ -26,16 +26,16 @@ def json_lines(lines: Iterable[str | bytes]) -> Iterator[tuple[int, dict[str, An
             yield number, row if isinstance(row, dict) else NOT_AN_OBJECT
 
 
-def cells(file: Iterable[str], tabs: bool, quotes: bool = True, strict: bool = False) -> csv.DictReader:
+def cells(file: Iterable[str], tabs: bool, strict: bool = False) -> csv.DictReader:
     """The rows of a CSV, or of a TSV, by the names in the first line; cells of any length. csv.Error, when read, for a broken one.
 
-    quotes: whether quotation marks enclose a cell; they are text in Common Voice's TSV. strict: whether one that is never closed is
-    an error.
+    Quotation marks enclose a CSV's cells. In a TSV they are text, as in Common Voice's. strict: whether a CSV's cell that is never
+    closed is an error.
     """
     csv.field_size_limit(2**31 - 1)  # a program may be longer than the 128 kB that are usual
-    return csv.DictReader(
-        file, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE, strict=strict
-    )
+    if tabs:
+        return csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.DictReader(file, strict=strict)
 
 
 def with_sound_as_files(data: Any) -> Any:

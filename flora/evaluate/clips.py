@@ -174,7 +174,7 @@ def _first(row: Mapping[str, Any], columns: Sequence[str]) -> Any:
 def _table_rows(content: str, metadata: Path) -> Iterator[tuple[int, dict]]:
     """(line number, row) of a CSV, or of a TSV, in which quotation marks are text as in Common Voice's."""
     tabs = metadata.suffix.lower() == ".tsv"
-    reader = cells(io.StringIO(content, newline=""), tabs, quotes=not tabs, strict=not tabs)
+    reader = cells(io.StringIO(content, newline=""), tabs, strict=True)
     try:
         known = {*FILE_COLUMNS} & {*(reader.fieldnames or ())} and {*TEXT_COLUMNS} & {*(reader.fieldnames or ())}
         if not known:

@@ -230,9 +230,9 @@ def table(kind: str, rows: Sequence[dict[str, Any]]) -> str:
         lines.append([arm, *(_cell(cells, arm, rate, rate == best) for rate in rates)])
     languages = list(dict.fromkeys(row["language"] for row in rows))
     first = {row["language"]: row["base_score"][metric] for row in reversed(rows)}
-    text = (
-        f"{metric} in %, mean over {', '.join(languages)}, with its 95 % interval over {len({row['seed'] for row in rows})} seeds; "
-    )
+    seeds = len({row["seed"] for row in rows})
+    over = "of one seed" if seeds == 1 else f"with its 95 % interval over {seeds} seeds"
+    text = f"{metric} in %, mean over {', '.join(languages)}, {over}; "
     text += f"{rows[0]['steps']} steps; base model {100 * fmean(first.values()):.1f}; * best rate of the arm\n\n"
     text += text_table(["arm \\ learning rate", *(f"{rate:g}" for rate in rates)], lines)
     return text + (f"\n\nBest at the edge of its rates, which may not be its best: {', '.join(at_the_edge)}" if at_the_edge else "")

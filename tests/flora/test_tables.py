@@ -16,13 +16,14 @@ def test_lines_of_json_keep_their_numbers_and_say_what_is_wrong():
     assert list(json_lines([b'{"text": "\xff"}', b'\xef\xbb\xbf{"text": "x"}'])) == [(1, NOT_JSON), (2, NOT_JSON)]
 
 
-def test_quotation_marks_enclose_a_cell_or_are_text():
-    table = ["text\tother\n", '"a ""b""\tc"\td\n', '"never\tclosed\n', "last\tx\n"]
-    rows = [row["text"] for row in cells(table, tabs=True)]
-    assert rows[0] == 'a "b"\tc' and rows[1].startswith("never")
-    assert [row["text"] for row in cells(table, tabs=True, quotes=False)] == ['"a ""b""', '"never', "last"]
+def test_quotation_marks_enclose_the_cells_of_a_csv_and_are_text_in_a_tsv():
+    table = ["text,other\n", '"a ""b"",c",d\n', '"never,closed\n', "last,x\n"]
+    rows = [row["text"] for row in cells(table, tabs=False)]
+    assert rows[0] == 'a "b",c' and rows[1].startswith("never") and len(rows) == 2
     with pytest.raises(csv.Error):
-        list(cells(table, tabs=True, strict=True))
+        list(cells(table, tabs=False, strict=True))
+    with_tabs = [line.replace(",", "\t") for line in table]
+    assert [row["text"] for row in cells(with_tabs, tabs=True, strict=True)] == ['"a ""b""', '"never', "last"]
     assert [row["text"] for row in cells(["text,other\n", f"{'y' * 300_000},z\n"], tabs=False)] == ["y" * 300_000]
 
 

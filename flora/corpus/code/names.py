@@ -60,12 +60,13 @@ LOCALS = frozenset(
 """What the languages call their own variables: no parameter has such a name."""
 TAKEN = frozenset(  # words of some language, as a bare name
     """
-    alias all and any as assert begin block body box branch break byte case cast char class code const continue crate debug def default
-    delegate do else end enum except export extern false final fn for from function gate global goto guard if import in index init
-    inout int is lambda last first second let library local long loop macro match max min mod module move mut my new next nil none not null
-    object operator or out override package pass port print private protocol pub public quote range real record ref repeat require return
-    root scope self short static string struct super switch symbol table test then this token trait true try type unit unless until use
-    using values vector version virtual void when where while yield
+    alias all and any as assert begin block body box branch break byte case cast char class code const continue crate debug
+    def default delegate do else end enum except export extern false final fn for from function gate global goto guard if
+    import in index init inout int is lambda last first second let library local long loop macro match max min mod module move
+    mut my new next nil none not null object operator or out override package pass port print private protocol pub public
+    quote range real record ref repeat require return root scope self short static string struct super switch symbol table
+    test then this token trait true try type unit unless until use using values vector version virtual void when where while
+    yield
     """.split()
 )
 

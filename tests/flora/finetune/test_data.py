@@ -125,6 +125,13 @@ def test_a_program_may_be_longer_than_a_cell_usually_is(tmp_path):
     assert [len(text.completion) for text in texts(tmp_path / "x.csv")] == [300_000, 1]
 
 
+def test_quotation_marks_are_text_in_a_tsv_and_enclose_cells_in_a_csv(tmp_path):
+    (tmp_path / "x.tsv").write_text('id\ttext\n1\t"never closed\n2\tsays "hello"\n')
+    (tmp_path / "x.csv").write_text('id,text\n1,"two,\nlines"\n')
+    assert [text.completion for text in texts(tmp_path / "x.tsv")] == ['"never closed', 'says "hello"']
+    assert [text.completion for text in texts(tmp_path / "x.csv")] == ["two,\nlines"]
+
+
 # ----------------------------------------------------------------------------------------------------------------- bad rows
 
 BAD_LINES = {
