@@ -28,7 +28,7 @@ def score(task: str, language: str, method: str, adapter: str | None, value: flo
         "low": None if value is None else max(0.0, value - half),
         "high": None if value is None else (min(1.0, value + half) if task == "code" else value + half),
         "confidence": 0.95,
-        "items": ITEMS,
+        "items": 0 if value is None else ITEMS,
         "samples": 1,
         "temperature": 0.0,
         "graded": value is not None,

@@ -131,11 +131,11 @@ def _plot(chart: TabledChart) -> dict[str, Any]:
 
 
 def _browse(recorded: Recorded, tag: str | None, name: str | None) -> list[Any]:
-    """The item browser's menus, player and answers; what is not there is replaced by the first that is."""
+    """The item browser's menus, player and answers; a language or item that is not there is replaced by one that is."""
     tags = views.item_languages(recorded)
     tag = tag if tag in dict(map(reversed, tags)) else tags[0][1] if tags else None
     titles = views.item_titles(recorded, tag)
-    name = name if name in dict(map(reversed, titles)) else titles[0][1] if titles else None
+    name = name if name in dict(map(reversed, titles)) else views.telling_item(recorded, tag)
     item = next((item for item in recorded.items if (item.language, item.item) == (tag, name)), None)
     clip = _clip_file(item)
     return [

@@ -219,7 +219,7 @@ def _matrix_sentence(cells: Mapping[tuple[str, str | None], Score], task: str, l
         return shown
     won = f"The right adapter, outlined, beats every wrong one in {best} of {len(rights)} languages"
     right, wrong = percent(sum(rights) / len(rights)), percent(sum(wrongs) / len(wrongs))
-    items = _spread(score.items for (language, adapter), score in cells.items() if adapter not in (None, language))
+    items = _spread(score.items for place, score in cells.items() if place in graded and place[1] not in (None, place[0]))
     return f"{shown} {won}: {right} {METRICS[task][0]} on average, {wrong} with a wrong one, on {items} items of each language."
 
 
@@ -235,6 +235,14 @@ def item_languages(recorded: Recorded) -> list[tuple[str, str]]:
 def item_titles(recorded: Recorded, tag: str | None) -> list[tuple[str, str]]:
     """The menu of a language's items: (title, name of the item)."""
     return [(_title(item), item.item) for item in recorded.items if item.language == tag]
+
+
+def telling_item(recorded: Recorded, tag: str | None) -> str | None:
+    """The item of a language that is shown first: one that fLoRA answers right and the base model wrong, if there is one."""
+    passed = {(answer.item, answer.method): answer.passed for answer in recorded.answers if answer.language == tag}
+    names = [name for _, name in item_titles(recorded, tag)]
+    telling = [name for name in names if passed.get((name, "flora")) and passed.get((name, "base")) is False]
+    return next(iter([*telling, *names]), None)
 
 
 def _title(item: Item) -> str:

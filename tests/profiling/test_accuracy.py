@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accuracy_rows import NOT_GRADED, TAGS, code_answers, means, score, scores, speech_answers, write_results
+from accuracy_rows import ITEMS, NOT_GRADED, TAGS, code_answers, means, score, scores, speech_answers, write_results
 from test_dashboard import HOSTILE, Text, keys
 from test_figures import luminance
 
@@ -376,8 +376,19 @@ def test_the_matrix_shows_the_right_adapter_and_what_the_wrong_ones_do(recorded)
     for tag in graded:
         assert f'data-value="{100 * own[tag, "flora"].value:.2f}">{100 * own[tag, "flora"].value:.0f}</td>' in cells["matrix"]
     assert f"beats every wrong one in {len(graded)} of {len(graded)} languages" in cells["sentence"]
+    assert f"on {ITEMS} items of each language" in cells["sentence"]
     for tag, reason in NOT_GRADED.items():
         assert (f'colspan="10">not graded: {reason}</td>' in cells["matrix"]) == (tag in TAGS[task])
+
+
+def test_the_item_shown_first_is_one_where_flora_makes_the_difference(recorded):
+    for tag in TAGS[recorded.task]:
+        first = views.telling_item(recorded, tag)
+        items = [item.item for item in recorded.items if item.language == tag]
+        passed = {(answer.item, answer.method): answer.passed for answer in recorded.answers if answer.language == tag}
+        telling = [item for item in items if passed[item, "flora"] is True and passed[item, "base"] is False]
+        assert first == (telling[0] if telling else items[0])
+    assert views.telling_item(recorded, "no such language") is None
 
 
 def test_a_right_adapter_that_does_not_win_is_not_counted():
@@ -474,12 +485,12 @@ def test_titles_of_items_are_short_and_tell_them_apart():
 
 
 @pytest.mark.parametrize("tag, name", [("lua", None), ("nonsense", "nonsense"), (None, None), ("d", "nonsense")])
-def test_a_choice_that_is_gone_becomes_the_first_that_is_there(folder, tag, name):
+def test_a_choice_that_is_gone_becomes_one_that_is_there(folder, tag, name):
     recorded = read_recorded(folder, "code")
     languages, items, clip, _ = tab._browse(recorded, tag, name)
     expected = tag if tag in TAGS["code"] else "d"
     assert languages.value == expected and clip.value is None and not clip.visible
-    assert items.value == views.item_titles(recorded, expected)[0][1]
+    assert items.value == views.telling_item(recorded, expected)
 
 
 def test_only_clips_that_ship_are_played():
