@@ -35,7 +35,16 @@ from flora.evaluate.checkpoints import SERVED_BY, Checkpoint
 from flora.evaluate.clips import Clip, Clips, corpus_clips, dataset_clips, example_clips, folder_clips
 from flora.evaluate.command import whole
 from flora.evaluate.intervals import Interval
-from flora.evaluate.report import Promise, Target, confusion_table, mean_targets, needed_target, score_table, target_table
+from flora.evaluate.report import (
+    Promise,
+    Target,
+    confusion_table,
+    mean_targets,
+    means_table,
+    needed_target,
+    score_table,
+    target_table,
+)
 from flora.evaluate.results import Measured, mean_rows, score_rows
 from flora.evaluate.rows import METHODS, Answer, Item, Mean, Row, Score
 from flora.evaluate.tasks import Key, Task, number_of_tasks, tasks_of
@@ -244,9 +253,10 @@ def _worse_by(right: Tally, wrong: Tally) -> Interval:
     return intervals.ratio_difference(wrong.errors[RAW], right.errors[RAW][:number], wrong.words[RAW])
 
 
-def tables(scores: Sequence[Score]) -> str:
-    """The scores for a terminal: a table for each metric, the confusion matrix, and what to know about them."""
-    parts = [score_table(scores, metric) for metric in METRICS] + [confusion_table(scores, RAW), NORMALISED_NOTE]
+def tables(scores: Sequence[Score], means: Sequence[Mean]) -> str:
+    """The scores for a terminal: a table for each metric, each method's mean with its interval, the confusion matrix, a note."""
+    parts = [score_table(scores, metric) for metric in METRICS]
+    parts += [means_table(means, RAW), confusion_table(scores, RAW), NORMALISED_NOTE]
     return "\n\n".join(filter(None, parts))
 
 
@@ -309,7 +319,7 @@ def main(options: argparse.Namespace) -> int:
     facts = {"model": public_name(command.model_name(options)), "seed": options.seed, "command": options.command}
     scores = scores_of(tallies, engine, checkpoints, {tag: part.source for tag, part in clips.items()}, facts)
     means = mean_rows(scores, partial(mean_of, tallies))
-    print(tables(scores), file=said)
+    print(tables(scores, means), file=said)
     command.write_json(options, [*scores, *means])
     if options.report:
         command.merge_results(options, "accuracy", [*scores, *means])
