@@ -31,6 +31,18 @@ class UnknownAdapterError(RequestError):
     """A request names an adapter tag the engine does not hold."""
 
 
+class BusyError(RequestError):
+    """An engine that takes no more requests now: its queue is full, or it is shutting down."""
+
+
+class DeadlineError(RequestError):
+    """A request that was not done when its time was up."""
+
+
+class ServingError(RequestError):
+    """A request that failed while it ran: its forward raised, the memory did not suffice, its logits were no numbers."""
+
+
 class AudioError(RequestError):
     """A clip that cannot be transcribed: silent, corrupt, empty, not finite, longer than the window."""
 

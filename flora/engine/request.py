@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from flora.errors import RequestError
+from flora.errors import FloraError, RequestError
 
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 """Sampling rates in Hz outside of which no recorder works: a wrong number, which would squeeze or stretch the clip to nothing."""
@@ -54,8 +54,9 @@ class Completion:
     """A request's answer.
 
     token_ids: the new tokens only, the stop token left out. finish_reason: "stop" (the model's stop token came), "length"
-    (max_new_tokens reached, or the context is full) or "cancelled". ttft_s: seconds from the start of the request's batch to its
-    first token. tpot_s: mean seconds per further token, 0 with fewer than two tokens.
+    (max_new_tokens reached, or the context is full) or "cancelled". ttft_s: seconds to the first token, from when the request was
+    submitted, or, in a batch of its caller's own, from the batch's first step. tpot_s: mean seconds per further token, 0 with fewer
+    than two tokens.
     """
 
     text: str
@@ -92,3 +93,14 @@ class FinishEvent:
 
     index: int
     completion: Completion
+
+
+@dataclass(frozen=True)
+class FailEvent:
+    """A request has failed, and by what; the others go on."""
+
+    index: int
+    error: FloraError
+
+
+Event = TokenEvent | FinishEvent | FailEvent
