@@ -283,7 +283,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--planned-steps", type=int, default=13000, help="that the first part's learning rate is for")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--python-share", type=float, default=0.85, help="share of Python among the programs")
-    parser.add_argument("--cooldown-python-share", type=float, default=0.995, help="the same, in the cooldown")
+    parser.add_argument("--cooldown-python-share", type=float, default=1.0, help="the same, in the cooldown")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--heads", type=int, default=8)
