@@ -2,15 +2,22 @@
 
 For every family and every layer that an adapter of that family touches, the bank holds A (slots, r, d_in) and B (slots, r,
 d_out), r the largest rank seen, and the true rank of each slot. Slot 0 is the identity adapter: rank 0, its first flora component
-all ones. A tag holds one slot, with an adapter of each family or of one. A slot in use by a batch is never overwritten: it is
-freed when the last batch lets go.
+all ones. A tag holds one slot, with an adapter of each family or of one.
+
+There may be thousands of tags over a few slots. A request pins its adapter's slot for as long as it runs; a slot that nobody pins
+keeps its adapter until another needs the place, the least recently used first. What a request runs with never changes under it:
+a tag that is replaced or removed meanwhile leaves its slot only when the last request has let go. Below the device, adapters are
+in host memory and on disk (`flora.store`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,8 +26,14 @@ from flora import ops
 from flora.errors import AdapterError, UnknownAdapterError
 from flora.formats import Adapter
 from flora.layers import AdaptedLinear, LayerPlan, ServingHolder
+from flora.store import AdapterCounters, AdapterStore, Layout, PackedAdapter, PackedFactors, Reload, StoredAdapter, pack
 
 IDENTITY_SLOT = 0
+
+ONE_ADAPTER_AT_A_TIME = "weights are merged with one adapter at a time: group the batch by adapter first"
+
+MAX_LISTED_TAGS = 20
+"""How many tags an error lists before it only counts them."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,14 @@ class AdapterInfo:
     sources: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class PreparedAdapter:
+    """A tag that was checked and copied by `AdapterBank.prepare`, and that `commit` makes known."""
+
+    info: AdapterInfo
+    stored: StoredAdapter
+
+
 @dataclass
 class _Stack:
     """One family's factors of one layer, all slots."""
@@ -43,13 +64,36 @@ class _Stack:
     B: Tensor  # (slots, r, d_out)
     ranks: list[int]  # true rank by slot; 0 where the slot has nothing on this layer
     biases: dict[int, Tensor] = field(default_factory=dict)  # slot → (d_out,), where it is not the layer's own
+    _rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def rows(self, slot: int) -> tuple[Tensor, Tensor]:
+        """A slot's part of A (r · d_in,) and of B (r · d_out,), to be written to."""
+        if slot not in self._rows:
+            self._rows[slot] = (self.A[slot].flatten(), self.B[slot].flatten())
+        return self._rows[slot]
+
+    def grow(self, rank: int) -> None:
+        """Make room for a larger rank, in new tensors: whoever holds the old ones keeps what it has."""
+        grown = [side.new_zeros(side.shape[0], rank, side.shape[2]) for side in (self.A, self.B)]
+        for new, old in zip(grown, (self.A, self.B), strict=True):
+            new[:, : old.shape[1]] = old
+        self.A, self.B = grown
+        self._rows.clear()
+
+
+class MergedWeights(dict[str, Tensor]):
+    """Layer → (d_out, d_in): the model's weights with one adapter merged in, as far as they were asked for. All batches of that
+    adapter share them, and they are gone with the last."""
+
+    __slots__ = ("__weakref__",)
 
 
 class BatchServing:
-    """One batch's adapters, ready for every layer: made by `AdapterBank.serving`, used through `AdapterBank.serve`.
+    """One batch's adapters, ready for every layer: made by `AdapterBank.arrange`, used through `AdapterBank.serve`.
 
     Each layer's plan is worked out at its first use and kept: later steps of the same batch only look it up. Layers whose slots
-    have the same ranks share one routing.
+    have the same ranks share one routing; which those are is looked up once for each kind of adapter in the batch, not for each
+    row. Use it only while its slots are pinned.
     """
 
     def __init__(self, bank: AdapterBank, slots: Sequence[int], method: str, family: str | None) -> None:
@@ -57,70 +101,106 @@ class BatchServing:
         self.slots = tuple(slots)
         self.method = method
         self.family = family
+        self._layouts = [] if family is None else list(dict.fromkeys(bank.layouts(self.slots, family)))
         self._plans: dict[str, LayerPlan | None] = {}
         self._routings: dict[tuple[tuple[int, ...], int], ops.Routing] = {}
+        self._merged_weights = bank.merged_weights(self.slots, family) if method == "merged" and family is not None else None
 
     def plan(self, layer: str) -> LayerPlan | None:
+        """What a layer does for this batch; None where no row has an adapter on it."""
         if layer not in self._plans:
             self._plans[layer] = self._make_plan(layer)
         return self._plans[layer]
 
     def _make_plan(self, layer: str) -> LayerPlan | None:
-        stack = None if self.family is None else self.bank.stack(self.family, layer)
-        if stack is None or not any(stack.ranks[slot] for slot in self.slots):
+        ranks = tuple([layout.ranks.get(layer, 0) for layout in self._layouts])
+        if not any(ranks):
             return None
-        # A slot without factors on this layer runs as the identity there.
-        slots = tuple(slot if stack.ranks[slot] else IDENTITY_SLOT for slot in self.slots)
-        key = (tuple((slot, stack.ranks[slot]) for slot in slots), stack.A.shape[1])
+        stack = self.bank.stack(self.family, layer)
+        key = (ranks, stack.A.shape[1])
         if key not in self._routings:
+            # A slot without factors on this layer runs as the identity there.
+            slots = [slot if stack.ranks[slot] else IDENTITY_SLOT for slot in self.slots]
             self._routings[key] = ops.route(slots, stack.ranks, stack.A.shape[1], self.bank.device)
-        merged_weight = None
-        if self.method == "merged":
-            (slot,) = set(slots)
-            rank = stack.ranks[slot]
-            merged_weight = self.bank.layers[layer].merge(self.family, stack.A[slot, :rank], stack.B[slot, :rank])
-        return LayerPlan(stack.A, stack.B, self._routings[key], merged_weight, self._changed_bias(layer, stack, slots))
+        merged_weight = None if self._merged_weights is None else self._merged(layer, stack)
+        return LayerPlan(stack.A, stack.B, self._routings[key], merged_weight, self._changed_bias(layer, stack))
 
-    def _changed_bias(self, layer: str, stack: _Stack, slots: Sequence[int]) -> Tensor | None:
+    def _merged(self, layer: str, stack: _Stack) -> Tensor:
+        if layer not in self._merged_weights:
+            slot = self.slots[0]  # as all others
+            A, B = stack.A[slot, : stack.ranks[slot]], stack.B[slot, : stack.ranks[slot]]
+            self._merged_weights[layer] = self.bank.layers[layer].merge(self.family, A, B)
+        return self._merged_weights[layer]
+
+    def _changed_bias(self, layer: str, stack: _Stack) -> Tensor | None:
         """(d_out,) or (n, 1, d_out), as `LayerPlan.bias`; None where every row has the layer's own."""
-        if not any(slot in stack.biases for slot in slots):
+        if not stack.biases or not any(slot in stack.biases for slot in self.slots):
             return None
-        if len(set(slots)) == 1:
-            return stack.biases[slots[0]]
+        if len(set(self.slots)) == 1:
+            return stack.biases[self.slots[0]]
         own = self.bank.layers[layer].bias.to(self.bank.dtype)
-        return torch.stack([stack.biases.get(slot, own) for slot in slots]).unsqueeze(1)
+        return torch.stack([stack.biases.get(slot, own) for slot in self.slots]).unsqueeze(1)
 
 
 class AdapterBank:
     """Adapters by tag over the layers of one model.
 
-    layers: what `inject` returned. device, dtype: where and how the factors are kept.
+    layers: what `inject` returned. device, dtype: where and how the factors are kept. num_slots: how many adapters are on the
+    device at once, the identity not counted; a layer's stacks are made for all of them when the first adapter touches it.
+    host_bytes: how much host memory adapters may take; beyond it, those that can be read again are dropped, the least recently
+    used first.
+
+    Any thread may call; what changes slots is for the one that runs the model.
     """
 
-    def __init__(self, layers: dict[str, AdaptedLinear], holder: ServingHolder, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        layers: dict[str, AdaptedLinear],
+        holder: ServingHolder,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_slots: int = 64,
+        host_bytes: int = 2 << 30,
+    ) -> None:
+        if num_slots < 1:
+            raise AdapterError(f"the number of adapter slots must be at least 1, not {num_slots}")
+        if host_bytes < 0:
+            raise AdapterError(f"the host memory for adapters must be a number of bytes, not {host_bytes}")
         self.layers = layers
         self.holder = holder
         self.device = device
         self.dtype = dtype
-        self.num_slots = 1
+        self.num_slots = num_slots
+        self._store = AdapterStore(host_bytes, dtype, pin_memory=device.type == "cuda")
+        self._adapters: dict[str, PreparedAdapter] = {}
         self._stacks: dict[tuple[str, str], _Stack] = {}
-        self._slot_of: dict[str, int] = {}
-        self._info: dict[str, AdapterInfo] = {}
-        self._free: list[int] = []
-        self._users: dict[int, int] = {}  # slot → batches that use it
-        self._retired: set[int] = set()  # removed by name, still used by a batch
+        self._slot_of: dict[StoredAdapter, int] = {}
+        self._held: dict[int, tuple[StoredAdapter, dict[str, Layout]]] = {}  # slot → what it holds, by family
+        self._free = list(range(num_slots, 0, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # slots in use that nobody pins, least recently used first
+        self._users: dict[int, int] = {}  # slot → requests that pin it
+        self._merged_weights: WeakValueDictionary[tuple[StoredAdapter, str], MergedWeights] = WeakValueDictionary()
 
     # ---------------------------------------------------------------------------------------------------- adapters
 
     @property
     def info(self) -> dict[str, AdapterInfo]:
-        return dict(self._info)
+        """What was added, by tag."""
+        with self._store.lock:
+            return {name: prepared.info for name, prepared in self._adapters.items()}
 
-    def add(self, name: str, adapters: Sequence[Adapter]) -> AdapterInfo:
-        """Put a tag on the device: one adapter, or one of each family. A tag that exists is replaced, for batches that start later.
+    def add(self, name: str, adapters: Sequence[Adapter], reload: Reload | None = None) -> AdapterInfo:
+        """Make a tag known: one adapter, or one of each family. A tag that exists is replaced: requests that have it pinned finish
+        with the old version, all others get the new one.
 
-        Raises AdapterError before anything changes where two adapters share a family or a layer or shape does not fit the model.
+        reload: reads the same adapters again, on another thread, after they were dropped from host memory; without it they never
+        are. Raises AdapterError before anything changes where two adapters share a family, a layer or a shape does not fit the
+        model, or a number is not finite in the bank's dtype.
         """
+        return self.commit(self.prepare(name, adapters, reload))
+
+    def prepare(self, name: str, adapters: Sequence[Adapter], reload: Reload | None = None) -> PreparedAdapter:
+        """The slow part of `add`, which changes nothing: check the adapters and copy them to host memory."""
         if not isinstance(name, str) or not name.strip():
             raise AdapterError(f"an adapter's tag must be a word, not {name!r}: requests could never name it")
         if not adapters:
@@ -131,56 +211,66 @@ class AdapterBank:
                 raise AdapterError(f"adapter {name!r} has two checkpoints of the family {family}: give one of each family")
         for adapter in adapters:
             self._check(name, adapter)
-        slot = self._free.pop() if self._free else self._grow_slots()
-        for adapter in adapters:
-            for layer, (A, B) in adapter.factors.items():
-                self._write(adapter.family, layer, slot, A, B, scales_bias=layer in adapter.scaled_biases)
-        if name in self._slot_of:
-            self.remove(name)
-        self._slot_of[name] = slot
-        self._info[name] = AdapterInfo(
+        packed = pack(name, adapters, self.dtype, self._store.pin_memory)
+        info = AdapterInfo(
             name=name,
             families=tuple(families),
             ranks={adapter.family: adapter.rank for adapter in adapters},
             layers={adapter.family: len(adapter.factors) for adapter in adapters},
-            size_bytes=sum(adapter.num_parameters for adapter in adapters) * self.dtype.itemsize,
+            size_bytes=packed.size_bytes,
             sources=tuple(adapter.source for adapter in adapters),
         )
-        return self._info[name]
+        digest = None if reload is None else packed.digest()
+        return PreparedAdapter(info, StoredAdapter(name, packed, packed.size_bytes, reload, digest))
+
+    def commit(self, prepared: PreparedAdapter) -> AdapterInfo:
+        """The fast part of `add`, once for what `prepare` made: from here on, requests get this version."""
+        name, stored = prepared.info.name, prepared.stored
+        with self._store.lock:
+            if name in self._adapters:
+                stored.counters = self._adapters[name].stored.counters
+                self._let_go(self._adapters[name].stored)
+            self._adapters[name] = prepared
+            self._store.put(stored)
+        return prepared.info
 
     def remove(self, name: str) -> None:
-        """Forget a tag. Batches that use it finish with it; its slot is reused after them."""
-        self._require(name)
-        slot = self._slot_of.pop(name)
-        del self._info[name]
-        if self._users.get(slot):
-            self._retired.add(slot)
-        else:
+        """Forget a tag. Requests that have it pinned finish with it; its slot is used again after them."""
+        with self._store.lock:
+            self._require(name)
+            self._let_go(self._adapters.pop(name).stored)
+
+    def _let_go(self, stored: StoredAdapter) -> None:
+        self._store.forget(stored)
+        slot = self._slot_of.get(stored)
+        if slot is not None and slot not in self._users:
             self._clear(slot)
 
     def family_for(self, name: str, method: str) -> str | None:
         """Which of a tag's adapters `method` serves; UnknownAdapterError for an unknown tag, AdapterError for a missing family."""
-        self._require(name)
+        available = self._require(name).info.families
         if method == "base":
             return None
-        available = self._info[name].families
         if method == "merged":
-            return "flora" if "flora" in available else "lora"
+            return _merged_family(available)
         family = ops.FAMILY[method]
         if family not in available:
-            having = sorted(tag for tag, info in self._info.items() if family in info.families)
+            having = [tag for tag, info in self.info.items() if family in info.families]
             raise AdapterError(
                 f"adapter {name!r} has no {family} checkpoint, which method {method} needs; "
-                + (f"tags that have one: {', '.join(having)}" if having else "no tag has one")
+                + (f"tags that have one: {_listed(having)}" if having else "no tag has one")
             )
         return family
 
-    def _require(self, name: str) -> None:
-        if name not in self._slot_of:
-            known = ", ".join(sorted(self._slot_of)) or "none"
-            raise UnknownAdapterError(f"unknown adapter {name!r}; loaded: {known}")
+    def _require(self, name: str) -> PreparedAdapter:
+        prepared = self._adapters.get(name)
+        if prepared is None:
+            raise UnknownAdapterError(f"unknown adapter {name!r}; loaded: {_listed(self.info) or 'none'}")
+        return prepared
 
     def _check(self, name: str, adapter: Adapter) -> None:
+        if not adapter.factors:
+            raise AdapterError(f"adapter {name!r} has no weights: train it, or export it again")
         for layer, (A, B) in adapter.factors.items():
             if layer not in self.layers:
                 raise AdapterError(
@@ -193,43 +283,201 @@ class AdapterBank:
                     f"adapter {name!r} does not fit layer {layer}: it maps {given[0]} → {given[1]}, "
                     f"the model's layer maps {expected[0]} → {expected[1]}; it was made for another base model"
                 )
+            if A is not None and B is not None and len(A) != len(B):
+                raise AdapterError(f"adapter {name!r}: layer {layer} has rank {len(A)} on its A side and {len(B)} on its B side")
+
+    # ----------------------------------------------------------------------------------------------------- pinning
+
+    @property
+    def slot_capacity(self) -> int:
+        """How many adapters the device holds at once; the identity has a slot besides."""
+        return self.num_slots
+
+    @property
+    def slots_used(self) -> int:
+        """How many of them it holds now, pinned or not."""
+        return len(self._held)
+
+    @property
+    def host_bytes(self) -> int:
+        """How much host memory adapters take that can be read again, before the least recently used are dropped."""
+        return self._store.capacity_bytes
+
+    @property
+    def host_bytes_used(self) -> int:
+        """What the adapters in host memory take now."""
+        return self._store.bytes_used
+
+    def pin(self, name: str | None, method: str) -> int | None:
+        """A slot that holds a tag's adapters and keeps them until `unpin`, for one request; slot 0 for no adapter and for `base`.
+
+        None: not now. Every slot is pinned, or the adapter has to be read from disk first, which happens in the background from
+        here on. Raises UnknownAdapterError, AdapterError for a missing family, and AdapterError where that read has failed since
+        the last call, or found other numbers than were added; the next call tries again.
+        """
+        with self._store.lock:
+            stored = self._stored_for(name, method)
+            if stored is None:
+                return IDENTITY_SLOT
+            slot = self._pin_stored(stored)
+            if slot is None and stored.packed is None:
+                failure = self._store.take_failure(stored)
+                if failure is not None:
+                    raise failure
+                self._store.ask(stored, ahead=not self._has_place)
+            return slot
+
+    def pin_now(self, name: str | None, method: str) -> int:
+        """`pin` that reads from disk in place. AdapterError where every slot is pinned."""
+        while True:
+            with self._store.lock:
+                stored = self._stored_for(name, method)
+                if stored is None:
+                    return IDENTITY_SLOT
+                slot = self._pin_stored(stored)
+                if slot is not None:
+                    return slot
+                if not self._has_place:
+                    raise AdapterError(
+                        f"adapter {name!r} has to wait: all {self.num_slots} adapter slots are in use; "
+                        "run fewer adapters at once, or give the engine more slots"
+                    )
+            self._store.read_now(stored)
+
+    def unpin(self, slot: int) -> None:
+        """Let go of a slot that `pin` gave, once for each time it did. A version that was replaced or removed is gone with its last
+        user."""
+        if slot == IDENTITY_SLOT:
+            return
+        with self._store.lock:
+            if slot not in self._users:
+                raise ValueError(f"slot {slot} is not pinned")
+            self._users[slot] -= 1
+            if self._users[slot] == 0:
+                del self._users[slot]
+                if self._held[slot][0].is_current:
+                    self._idle[slot] = None
+                else:
+                    self._clear(slot)
+
+    def prefetch(self, names: Iterable[str | None]) -> None:
+        """Have the background reader fetch what is neither on the device nor in host memory, in this order; returns at once.
+
+        Tags that are unknown, such as one removed meanwhile, are passed over, and so is what host memory has no room for.
+        """
+        with self._store.lock:
+            for name in names:
+                prepared = self._adapters.get(name)
+                if prepared is not None and prepared.stored not in self._slot_of:
+                    self._store.ask(prepared.stored, ahead=True)
+
+    def wait_until_ready(self, timeout_s: float | None) -> bool:
+        """Sleep until a background read has ended, well or not, since the last call; False where none has within `timeout_s`."""
+        return self._store.wait(timeout_s)
+
+    def counters(self) -> dict[str, AdapterCounters]:
+        """What happened to each tag since it was added."""
+        with self._store.lock:
+            return {name: replace(prepared.stored.counters) for name, prepared in self._adapters.items()}
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End the background reader, waiting at most `timeout_s` for a read that it is at. Idempotent."""
+        self._store.close(timeout_s)
+
+    def _stored_for(self, name: str | None, method: str) -> StoredAdapter | None:
+        """The version that a request of this tag gets; None for no adapter."""
+        if name is None or self.family_for(name, method) is None:
+            return None
+        return self._adapters[name].stored
+
+    @property
+    def _has_place(self) -> bool:
+        return bool(self._free or self._idle)
+
+    def _pin_stored(self, stored: StoredAdapter) -> int | None:
+        """Its slot, pinned, where it is on the device or can be put there from host memory."""
+        slot = self._slot_of.get(stored)
+        if slot is None and not self._has_place:
+            return None
+        packed = self._store.use(stored)
+        if slot is not None:
+            stored.counters.hits += 1
+        elif packed is None:
+            return None
+        else:
+            started_s = time.perf_counter()
+            slot = self._place(stored, packed)
+            stored.counters.misses += 1
+            stored.counters.copy_s += time.perf_counter() - started_s
+        self._pin_slot(slot)
+        return slot
+
+    def _pin_slot(self, slot: int) -> None:
+        if slot != IDENTITY_SLOT:
+            self._users[slot] = self._users.get(slot, 0) + 1
+            self._idle.pop(slot, None)
 
     # ----------------------------------------------------------------------------------------------------- serving
 
+    def arrange(self, slots: Sequence[int], method: str, family: str | None = None) -> BatchServing:
+        """What the layers need to serve rows with these slots, in their order; the slots stay pinned by whoever pinned them.
+
+        family: for `merged`, which of the adapter's is merged where it has two; other methods have their own. Raises AdapterError
+        where the rows of `merged` differ, or where a slot is not pinned or holds nothing of the family: it would run as the base
+        model, unnoticed.
+        """
+        distinct = set(slots) - {IDENTITY_SLOT}
+        if method == "merged" and len(set(slots)) > 1:
+            raise AdapterError(ONE_ADAPTER_AT_A_TIME)
+        if method == "base" or not distinct:
+            return BatchServing(self, slots, method, None)
+        for slot in distinct:
+            if slot not in self._users:
+                raise AdapterError(f"slot {slot} is pinned by no request: its adapter may be gone; pin it first")
+        if method != "merged":
+            family = ops.FAMILY[method]
+        elif family is None:
+            family = _merged_family(self._held[slots[0]][1])
+        for slot in distinct:
+            stored, layouts = self._held[slot]
+            if family not in layouts:
+                raise AdapterError(f"adapter {stored.name!r} has no {family} checkpoint, which method {method} needs")
+        return BatchServing(self, slots, method, family)
+
     def serving(self, names: Sequence[str | None], method: str, family: str | None = None) -> BatchServing:
-        """Pin the slots of a batch: one tag (or None) per row. Give it back with `release`.
+        """Pin a batch of one tag (or None) per row and arrange it. Give it back with `release`.
 
         All rows of a `merged` batch have the same adapter, since the weights are merged once; `family` says which of the tag's
         adapters is merged where it has two.
         """
-        families = {self.family_for(name, method) for name in names if name is not None} - {None}
+        for name in names:
+            if name is not None:
+                self.family_for(name, method)
         if method == "merged" and len(set(names)) > 1:
-            raise AdapterError("weights are merged with one adapter at a time: group the batch by adapter first")
-        if method == "merged" and family is not None and families:
-            families = {family}
-        slots = [IDENTITY_SLOT if name is None or not families else self._slot_of[name] for name in names]
-        return self._pinned(BatchServing(self, slots, method, families.pop() if families else None))
+            raise AdapterError(ONE_ADAPTER_AT_A_TIME)
+        slots: list[int] = []
+        try:
+            for name in names:
+                slots.append(self.pin_now(name, method))
+            return self.arrange(slots, method, family)
+        except BaseException:
+            for slot in slots:
+                self.unpin(slot)
+            raise
 
     def narrow(self, serving: BatchServing, kept: Sequence[int]) -> BatchServing:
         """The same batch with only the rows at these places; replaces `serving`, whose pins are given back."""
-        narrowed = self._pinned(BatchServing(self, [serving.slots[place] for place in kept], serving.method, serving.family))
+        narrowed = self.arrange([serving.slots[place] for place in kept], serving.method, serving.family)
+        with self._store.lock:
+            for slot in narrowed.slots:
+                self._pin_slot(slot)
         self.release(serving)
         return narrowed
 
-    def _pinned(self, serving: BatchServing) -> BatchServing:
-        for slot in serving.slots:
-            self._users[slot] = self._users.get(slot, 0) + 1
-        return serving
-
     def release(self, serving: BatchServing) -> None:
-        """Let go of a batch's slots; those removed meanwhile become free."""
+        """Let go of a batch's slots."""
         for slot in serving.slots:
-            self._users[slot] -= 1
-            if self._users[slot] == 0:
-                del self._users[slot]
-                if slot in self._retired:
-                    self._retired.discard(slot)
-                    self._clear(slot)
+            self.unpin(slot)
 
     @contextmanager
     def serve(self, serving: BatchServing) -> Iterator[None]:
@@ -241,56 +489,100 @@ class AdapterBank:
             self.holder.current = None
 
     def stack(self, family: str, layer: str) -> _Stack | None:
-        """All slots' factors of one family on one layer, or None where no adapter has any."""
+        """All slots' factors of one family on one layer, or None where no adapter was ever put there."""
         return self._stacks.get((family, layer))
 
-    # ----------------------------------------------------------------------------------------------------- storage
+    def layouts(self, slots: Iterable[int], family: str) -> list[Layout]:
+        """What each of these slots holds of one family, the identity left out."""
+        return [self._held[slot][1][family] for slot in slots if slot != IDENTITY_SLOT]
 
-    def _grow_slots(self) -> int:
-        self.num_slots += 1
-        for stack in self._stacks.values():
-            if len(stack.ranks) < self.num_slots:
-                self._reshape(stack, max(self.num_slots, 2 * stack.A.shape[0]), stack.A.shape[1])
-        return self.num_slots - 1
+    def merged_weights(self, slots: Sequence[int], family: str) -> MergedWeights:
+        """The weights that batches of these slots' one adapter share."""
+        key = (self._held[slots[0]][0], family)
+        merged = self._merged_weights.get(key)
+        if merged is None:
+            merged = self._merged_weights[key] = MergedWeights()
+        return merged
 
-    def _write(self, family: str, layer: str, slot: int, A: Tensor | None, B: Tensor | None, scales_bias: bool) -> None:
-        """Place A (rank, d_in) and B (rank, d_out), None for all ones, in a free slot; tensors that running batches hold are never
-        changed under them except in slots they do not use."""
-        adapted, rank = self.layers[layer], (B if A is None else A).shape[0]
+    # ------------------------------------------------------------------------------------------------------- slots
+
+    def _place(self, stored: StoredAdapter, packed: PackedAdapter) -> int:
+        """Copy an adapter to a free slot, or to that of the least recently used that nobody pins."""
+        if not self._free:
+            slot = next(iter(self._idle))
+            self._held[slot][0].counters.evictions += 1
+            self._clear(slot)
+        slot = self._free.pop()
+        self._held[slot] = (stored, {factors.layout.family: factors.layout for factors in packed.factors})
+        self._slot_of[stored] = slot
+        try:
+            for factors in packed.factors:
+                self._write(slot, factors)
+        except BaseException as error:
+            self._clear(slot)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise AdapterError(
+                    f"adapter {stored.name!r} does not fit on the device beside the others: give the engine fewer adapter slots"
+                ) from error
+            raise
+        return slot
+
+    @torch.no_grad()
+    def _write(self, slot: int, factors: PackedFactors) -> None:
+        """Fill a slot. Components beyond an adapter's rank are left as they are: nobody reads them."""
+        # Stacks that were made in inference mode could never be written outside of it.
+        with torch.inference_mode(False):
+            targets, layout = [], factors.layout
+            for part in layout.layers:
+                stack = self._stack_with_room(layout.family, part.layer, part.rank)
+                for row, size in zip(stack.rows(slot), (part.size_A, part.size_B), strict=True):
+                    if size == 0:
+                        row.fill_(1.0)
+                    else:
+                        targets.append(row if size == len(row) else row[:size])
+                stack.ranks[slot] = part.rank
+                bias = self.layers[part.layer].bias
+                if part.scales_bias and bias is not None:
+                    scale = factors.bias_scales[part.layer].to(self.device)
+                    stack.biases[slot] = (bias * scale).to(self.dtype)
+            numbers = factors.numbers.to(self.device, non_blocking=True)
+            torch._foreach_copy_(targets, list(numbers.split(layout.sizes)))
+
+    def _stack_with_room(self, family: str, layer: str, rank: int) -> _Stack:
         stack = self._stacks.get((family, layer))
         if stack is None:
-            stack = _Stack(*self._allocate(self.num_slots, rank, adapted), ranks=[0] * self.num_slots)
-            stack.A[IDENTITY_SLOT, 0] = 1.0
-            stack.B[IDENTITY_SLOT, 0] = 1.0
-            self._stacks[family, layer] = stack
-        if rank > stack.A.shape[1]:
-            self._reshape(stack, stack.A.shape[0], rank)
-        stack.A[slot], stack.B[slot] = 0.0, 0.0
-        stack.A[slot, :rank] = 1.0 if A is None else A.to(self.device, self.dtype)
-        stack.B[slot, :rank] = 1.0 if B is None else B.to(self.device, self.dtype)
-        stack.ranks[slot] = rank
-        if scales_bias and adapted.bias is not None:
-            stack.biases[slot] = (adapted.bias * B.sum(0).to(self.device)).to(self.dtype)
-
-    def _allocate(self, slots: int, rank: int, layer: AdaptedLinear) -> tuple[Tensor, Tensor]:
-        zeros = torch.zeros
-        return (
-            zeros(slots, rank, layer.in_features, device=self.device, dtype=self.dtype),
-            zeros(slots, rank, layer.out_features, device=self.device, dtype=self.dtype),
-        )
-
-    @staticmethod
-    def _reshape(stack: _Stack, slots: int, rank: int) -> None:
-        for side in ("A", "B"):
-            old = getattr(stack, side)
-            new = old.new_zeros(slots, rank, old.shape[2])
-            new[: old.shape[0], : old.shape[1]] = old
-            setattr(stack, side, new)
-        stack.ranks = stack.ranks + [0] * (slots - len(stack.ranks))
+            adapted, slots = self.layers[layer], self.num_slots + 1
+            A, B = (
+                torch.zeros(slots, rank, width, device=self.device, dtype=self.dtype)
+                for width in (adapted.in_features, adapted.out_features)
+            )
+            A[IDENTITY_SLOT, 0] = 1.0
+            B[IDENTITY_SLOT, 0] = 1.0
+            stack = self._stacks[family, layer] = _Stack(A, B, [0] * slots)
+        elif rank > stack.A.shape[1]:
+            stack.grow(rank)
+        return stack
 
     def _clear(self, slot: int) -> None:
-        for stack in self._stacks.values():
-            if slot < len(stack.ranks):
-                stack.ranks[slot] = 0
-                stack.biases.pop(slot, None)
+        """Make a slot free that nobody pins."""
+        stored, layouts = self._held.pop(slot)
+        del self._slot_of[stored]
+        self._idle.pop(slot, None)
+        for family, layout in layouts.items():
+            for layer in layout.ranks:
+                stack = self._stacks.get((family, layer))
+                if stack is not None:  # else the device was full before it was made
+                    stack.ranks[slot] = 0
+                    stack.biases.pop(slot, None)
         self._free.append(slot)
+
+
+def _merged_family(available: Iterable[str]) -> str:
+    return "flora" if "flora" in available else "lora"
+
+
+def _listed(tags: Iterable[str]) -> str:
+    """Tags in their order, of very many the first ones."""
+    ordered = sorted(tags)
+    listed = ", ".join(ordered[:MAX_LISTED_TAGS])
+    return listed if len(ordered) <= MAX_LISTED_TAGS else f"{listed} and {len(ordered) - MAX_LISTED_TAGS:,} more"

@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+
 import pytest
 import torch
-from torch import nn
+from tiny_bank import LAYERS, NUM_FACTORS, SHAPES, D, Net, adapter, assert_holds, make_bank, make_net
 
-from flora import AdapterError, Request, UnknownAdapterError
+from flora import AdapterError, Request, UnknownAdapterError, ops
 from flora.bank import IDENTITY_SLOT, AdapterBank
 from flora.formats import Adapter
-from flora.layers import ServingHolder, inject
+from flora.store import AdapterCounters
 
-D = 6
-LAYERS = ("first", "second")
 LENGTHS = (3, 12, 7)  # new tokens: rows end apart, so the batch is compacted while it runs
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(D, D + 2), nn.Linear(D + 2, D)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(x))
-
-
-SHAPES = {"first": (D, D + 2), "second": (D + 2, D)}
-
-
-def adapter(family: str, rank: int = 1, seed: int = 0, layers: tuple[str, ...] = LAYERS, shapes: dict | None = None) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    factors = {}
-    for layer in layers:
-        d_in, d_out = (shapes or SHAPES)[layer]
-        factors[layer] = (torch.randn(rank, d_in, generator=generator), torch.randn(rank, d_out, generator=generator))
-    return Adapter(family, factors, None, f"{family}-{seed}")
 
 
 @pytest.fixture
 def net() -> Net:
-    torch.manual_seed(0)
-    return Net().requires_grad_(False)
+    return make_net()
 
 
 @pytest.fixture
 def bank(net) -> AdapterBank:
-    holder = ServingHolder()
-    return AdapterBank(inject(net, holder), holder, torch.device("cpu"), torch.float32)
+    return make_bank(net)
 
 
 def answer(bank: AdapterBank, net: Net, serving, x: torch.Tensor) -> torch.Tensor:
@@ -76,24 +54,37 @@ def assert_close(y: torch.Tensor, truth: torch.Tensor) -> None:
 
 def contents(bank: AdapterBank) -> dict:
     """Everything that an add may change."""
-    stacks = {key: (stack.A.clone(), stack.B.clone(), list(stack.ranks)) for key, stack in bank._stacks.items()}
     return {
         "info": bank.info,
-        "num_slots": bank.num_slots,
-        "free": list(bank._free),
-        "slot_of": dict(bank._slot_of),
-        "stacks": stacks,
+        "slots_used": bank.slots_used,
+        "host_bytes_used": bank.host_bytes_used,
+        "counters": bank.counters(),
+        "factors": {
+            key: (stack.A.clone(), stack.B.clone(), list(stack.ranks), dict(stack.biases)) for key, stack in bank._stacks.items()
+        },
     }
 
 
 def assert_unchanged(bank: AdapterBank, before: dict) -> None:
     after = contents(bank)
-    for what in ("info", "num_slots", "free", "slot_of"):
+    for what in ("info", "slots_used", "host_bytes_used", "counters"):
         assert after[what] == before[what], what
-    assert after["stacks"].keys() == before["stacks"].keys()
-    for key, (A, B, ranks) in after["stacks"].items():
-        assert torch.equal(A, before["stacks"][key][0]) and torch.equal(B, before["stacks"][key][1]), key
-        assert ranks == before["stacks"][key][2]
+    assert after["factors"].keys() == before["factors"].keys()
+    for key, (A, B, *rest) in after["factors"].items():
+        assert torch.equal(A, before["factors"][key][0]) and torch.equal(B, before["factors"][key][1]), key
+        assert rest == list(before["factors"][key][2:])
+
+
+def pinned(bank: AdapterBank, names: list[str | None], method: str, family: str | None = None):
+    """One tag per row, each pinned, arranged as a batch."""
+    return bank.arrange([bank.pin_now(name, method) for name in names], method, family)
+
+
+def use(bank: AdapterBank, name: str, method: str = "flora") -> int:
+    """A request that comes and goes: the slot that it had."""
+    slot = bank.pin(name, method)
+    bank.unpin(slot)
+    return slot
 
 
 X = torch.linspace(-1, 1, 4 * 2 * D).reshape(4, 2, D)
@@ -108,7 +99,7 @@ def test_a_batch_of_mixed_ranks_and_no_adapter(bank, net, method):
     small, large = adapter(family, 1, 1), adapter(family, 5, 2)
     bank.add("small", [small])
     bank.add("large", [large])
-    serving = bank.serving(["large", None, "small", "large"], method)
+    serving = pinned(bank, ["large", None, "small", "large"], method)
     assert_close(answer(bank, net, serving, X), by_hand(net, X, large, None, small, large))
 
 
@@ -117,9 +108,9 @@ def test_layers_that_an_adapter_does_not_touch_run_as_the_base_layer(bank, net):
     one, other, both = adapter("flora", 2, 1, ("first",)), adapter("flora", 3, 2, ("second",)), adapter("flora", 1, 3)
     for name, entry in (("one", one), ("other", other), ("both", both)):
         bank.add(name, [entry])
-    serving = bank.serving(["one", "other", "both", None], "flora")
+    serving = pinned(bank, ["one", "other", "both", None], "flora")
     assert_close(answer(bank, net, serving, X), by_hand(net, X, one, other, both, None))
-    alone = bank.serving(["one"], "flora")
+    alone = pinned(bank, ["one"], "flora")
     assert alone.plan("second") is None, "a layer that no row adapts has something to do"
 
 
@@ -129,16 +120,113 @@ def test_a_tag_of_two_families_serves_each_method_its_own(bank, net):
     assert (info.families, info.ranks, info.layers) == (("flora", "lora"), {"flora": 2, "lora": 3}, {"flora": 2, "lora": 2})
     assert info.size_bytes == 4 * sum(A.numel() + B.numel() for entry in (flora, lora) for A, B in entry.factors.values())
     for method, truth in (("flora", flora), ("bmm-lora", lora), ("base", None)):
-        assert_close(answer(bank, net, bank.serving(["lua"], method), X[:1]), by_hand(net, X[:1], truth))
+        assert_close(answer(bank, net, pinned(bank, ["lua"], method), X[:1]), by_hand(net, X[:1], truth))
     for family, truth in ((None, flora), ("flora", flora), ("lora", lora)):
-        serving = bank.serving(["lua"], "merged", family)
+        serving = pinned(bank, ["lua"], "merged", family)
         assert_close(answer(bank, net, serving, X[:1]), by_hand(net, X[:1], truth))
 
 
 def test_weights_are_merged_with_one_adapter_at_a_time(bank):
     bank.add("lua", [adapter("flora")])
     with pytest.raises(AdapterError, match="one adapter at a time"):
-        bank.serving(["lua", None], "merged")
+        pinned(bank, ["lua", None], "merged")
+
+
+@pytest.mark.parametrize("method, family", [("flora-expand", "flora"), ("bmm-lora", "lora")])
+def test_a_rank_costs_what_it_is(bank, method, family):
+    """Beside a slot of rank 9, a row of rank 2 is expanded twice and a row without an adapter once."""
+    for name, rank in (("small", 2), ("large", 9), ("also small", 2)):
+        bank.add(name, [adapter(family, rank)])
+    routing = pinned(bank, ["small", None, "also small"], method).plan("first").routing
+    assert len(routing.expanded_row) == 2 + 1 + 2
+    pinned(bank, ["large"], method)
+    routing = pinned(bank, ["small", None, "large", "small"], method).plan("first").routing
+    assert len(routing.expanded_row) == 2 + 1 + 9 + 2
+    assert {group.rank: len(group.slots) for group in routing.rank_groups} == {2: 2, 9: 1}
+
+
+def test_layers_of_the_same_ranks_share_what_is_worked_out(bank, monkeypatch):
+    """A batch is routed once for all layers of the same ranks, and its plans are made once for all steps."""
+    made = []
+    route = ops.route
+    monkeypatch.setattr(ops, "route", lambda *args: made.append(args) or route(*args))
+    for seed in range(4):
+        bank.add(f"both{seed}", [adapter("flora", 3, seed)])
+    bank.add("first", [adapter("flora", 3, 5, ("first",))])
+    alike = pinned(bank, ["both0", "both1", None, "both2", "both0"], "flora")
+    plans = [alike.plan(layer) for layer in LAYERS]
+    assert plans[0].routing is plans[1].routing and len(made) == 1
+    assert [alike.plan(layer) for layer in LAYERS] == plans and len(made) == 1
+    mixed = pinned(bank, ["both0", "first"], "flora")
+    assert mixed.plan("first").routing.uniform_rank == 3 and mixed.plan("second").routing.uniform_rank is None
+    assert len(made) == 3
+
+
+def test_merged_weights_are_shared_by_all_batches_of_the_adapter_and_gone_with_the_last(bank, net):
+    old, new = adapter("flora", 2, 1), adapter("flora", 2, 2)
+    bank.add("lua", [old, adapter("lora", 1, 3)])
+    first = pinned(bank, ["lua"], "merged")
+    second = pinned(bank, ["lua", "lua"], "merged")
+    assert first.plan("first").merged_weight is second.plan("first").merged_weight
+    assert pinned(bank, ["lua"], "merged", "lora").plan("first").merged_weight is not first.plan("first").merged_weight
+    bank.add("lua", [new])
+    third = pinned(bank, ["lua"], "merged")
+    assert_close(answer(bank, net, third, X[:1]), by_hand(net, X[:1], new))
+    assert_close(answer(bank, net, second, X[:2]), by_hand(net, X[:2], old, old))
+    assert len(bank._merged_weights) == 2
+    del first, second, third
+    gc.collect()
+    assert not bank._merged_weights
+
+
+def test_only_what_is_pinned_and_of_the_family_is_arranged(bank):
+    """Anything else would run as the base model, and nobody would notice."""
+    bank.add("lua", [adapter("flora")])
+    slot = bank.pin("lua", "flora")
+    for method in ("bmm-lora", "loop-lora"):
+        with pytest.raises(AdapterError, match=rf"'lua' has no lora checkpoint, which method {method} needs"):
+            bank.arrange([slot, IDENTITY_SLOT], method)
+    with pytest.raises(AdapterError, match="'lua' has no lora checkpoint"):
+        bank.arrange([slot], "merged", "lora")
+    bank.unpin(slot)
+    for unpinned in (slot, slot + 1, 999):
+        with pytest.raises(AdapterError, match=f"slot {unpinned} is pinned by no request"):
+            bank.arrange([IDENTITY_SLOT, unpinned], "flora")
+
+
+@pytest.mark.parametrize("method", ["flora", "bmm-lora", "merged", "base"])
+def test_rows_without_adapters_are_the_base_layer_and_take_no_slot(bank, net, method):
+    bank.add("lua", [adapter("flora"), adapter("lora")])
+    serving = pinned(bank, [None, None], method)
+    assert serving.slots == (IDENTITY_SLOT, IDENTITY_SLOT) and serving.plan("first") is None
+    assert torch.equal(answer(bank, net, serving, X[:2]), net(X[:2]))
+    assert bank.pin("lua", "base") == IDENTITY_SLOT and bank.slots_used == 0
+    bank.unpin(IDENTITY_SLOT)
+
+
+# ------------------------------------------------------------------------------------------- batches that pin their own
+
+
+def test_a_batch_that_pins_its_own_slots(bank, net):
+    added = {name: adapter("flora", rank, rank) for name, rank in (("small", 1), ("large", 5))}
+    for name, entry in added.items():
+        bank.add(name, [entry])
+    serving = bank.serving(["small", None, "large", "small"], "flora")
+    truth = by_hand(net, X, added["small"], None, added["large"], added["small"])
+    assert_close(answer(bank, net, serving, X), truth)
+    bank.release(serving)
+    assert not bank._users, "pins are left behind"
+    with pytest.raises(AdapterError, match="one adapter at a time"):
+        bank.serving(["small", None], "merged")
+
+
+def test_a_batch_with_more_adapters_than_slots_pins_none(net):
+    bank = make_bank(net, num_slots=2)
+    for seed in range(3):
+        bank.add(f"tag{seed}", [adapter("flora", 1, seed)])
+    with pytest.raises(AdapterError, match="'tag2' has to wait: all 2 adapter slots are in use"):
+        bank.serving(["tag0", "tag1", "tag0", "tag2"], "flora")
+    assert not bank._users
 
 
 def test_a_narrowed_batch_keeps_its_rows(bank, net):
@@ -156,54 +244,142 @@ def test_a_narrowed_batch_keeps_its_rows(bank, net):
 # ----------------------------------------------------------------------------------------------------------------- slots
 
 
-def test_a_slot_is_reused_only_after_its_last_batch(bank, net):
-    old = adapter("flora", 2, 1)
+def stocked_with(num_slots: int, *names: str, rank: int = 2) -> tuple[AdapterBank, dict[str, Adapter]]:
+    """A bank of few slots and fLoRA adapters that differ."""
+    bank = make_bank(num_slots=num_slots)
+    added = {name: adapter("flora", rank, seed) for seed, name in enumerate(names)}
+    for name, entry in added.items():
+        bank.add(name, [entry])
+    return bank, added
+
+
+def test_adapters_take_slots_when_they_are_wanted_and_no_more_than_there_are():
+    bank, added = stocked_with(3, *"abcdef")
+    assert (bank.slot_capacity, bank.num_slots, bank.slots_used) == (3, 3, 0) and not bank._stacks
+    for name in "abcdefabc":
+        slot = bank.pin(name, "flora")
+        assert_holds(bank, slot, added[name])
+        bank.unpin(slot)
+    assert bank.slots_used == 3
+    assert all(stack.A.shape[0] == stack.B.shape[0] == len(stack.ranks) == 4 for stack in bank._stacks.values())
+
+
+def test_the_least_recently_used_gives_its_slot():
+    bank, _ = stocked_with(3, *"abcde")
+    slots = {name: use(bank, name) for name in "abc"}
+    assert use(bank, "a") == slots["a"], "an adapter that is on the device is put there again"
+    assert use(bank, "d") == slots["b"]
+    held = bank.pin("c", "flora")
+    use(bank, "a")
+    bank.unpin(held)  # its last user left after that of `a`
+    assert use(bank, "e") == slots["b"] and use(bank, "b") == slots["a"] and use(bank, "c") == slots["c"]
+
+
+def test_a_pinned_slot_is_never_given_away():
+    bank, added = stocked_with(2, *"abc")
+    slots = [bank.pin("a", "flora"), bank.pin("a", "flora"), bank.pin("b", "flora")]
+    assert slots[0] == slots[1] != slots[2]
+    for _ in range(3):
+        assert bank.pin("c", "flora") is None
+        with pytest.raises(AdapterError, match="adapter 'c' has to wait: all 2 adapter slots are in use"):
+            bank.pin_now("c", "flora")
+    assert bank.pin("b", "flora") == slots[2], "what is there can be shared though nothing is free"
+    bank.unpin(slots[2])
+    bank.unpin(slots[0])
+    assert bank.pin("c", "flora") is None, "one request of two let go, and the slot is given away"
+    assert_holds(bank, slots[0], added["a"])
+    assert_holds(bank, slots[2], added["b"])
+    bank.unpin(slots[0])
+    assert bank.pin("c", "flora") == slots[0]
+    assert_holds(bank, slots[0], added["c"])
+    assert_holds(bank, slots[2], added["b"])
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_letting_go_more_often_than_pinned_is_an_error(times):
+    bank, _ = stocked_with(2, "a")
+    slot = 1
+    for _ in range(times):
+        slot = bank.pin("a", "flora")
+    for _ in range(times):
+        bank.unpin(slot)
+    with pytest.raises(ValueError, match=f"slot {slot} is not pinned"):
+        bank.unpin(slot)
+    assert bank.pin("a", "flora") is not None
+
+
+@pytest.mark.parametrize("users", [1, 3])
+@pytest.mark.parametrize("change", ["replaced", "removed", "removed and added again"])
+def test_who_has_it_pinned_keeps_the_version_and_who_comes_later_gets_the_new_one(net, change, users):
+    bank = make_bank(net, num_slots=2)
+    old, new = adapter("flora", 3, 1), adapter("flora", 2, 2)
     bank.add("lua", [old])
-    slot = bank._slot_of["lua"]
-    first, second = bank.serving(["lua", None], "flora"), bank.serving(["lua"], "flora")
-    bank.remove("lua")
-    bank.add("rb", [adapter("flora", 2, 2)])
-    assert bank._slot_of["rb"] != slot
-    bank.release(first)
-    bank.add("jl", [adapter("flora", 2, 3)])
-    assert bank._slot_of["jl"] != slot, "one batch of two let go, and the slot is given away"
-    assert_close(answer(bank, net, second, X[:1]), by_hand(net, X[:1], old))
-    bank.release(second)
-    bank.add("pl", [adapter("flora", 2, 4)])
-    assert bank._slot_of["pl"] == slot, "a free slot is left unused"
+    serving = pinned(bank, ["lua"] * users, "flora")  # it has not run yet: its plans are made afterwards
+    if change != "replaced":
+        bank.remove("lua")
+        with pytest.raises(UnknownAdapterError):
+            bank.pin("lua", "flora")
+    if change != "removed":
+        bank.add("lua", [new])
+        later = bank.pin("lua", "flora")
+        assert later != serving.slots[0]
+        assert_holds(bank, later, new)
+        bank.unpin(later)
+    bank.add("rb", [adapter("flora", 5, 3)])
+    use(bank, "rb")
+    for slot in serving.slots:
+        assert_holds(bank, slot, old)
+    assert_close(answer(bank, net, serving, X[:users]), by_hand(net, X[:users], *[old] * users))
+    used = bank.slots_used
+    for slot in serving.slots:
+        assert bank.slots_used == used, "the slot is given up before its last user"
+        bank.unpin(slot)
+    assert bank.slots_used == used - 1, "the old version keeps its slot"
+    if change != "removed":
+        assert_holds(bank, bank.pin("lua", "flora"), new)
 
 
-def test_a_reused_slot_holds_nothing_of_its_former_adapter(bank, net):
+def test_a_version_that_is_replaced_again_and_again_takes_one_slot_for_each_user():
+    bank = make_bank(num_slots=4)
+    versions = [adapter("flora", 1 + seed % 4, seed) for seed in range(4)]
+    slots = []
+    for version in versions:
+        bank.add("lua", [version])
+        slots.append(bank.pin("lua", "flora"))
+    assert len(set(slots)) == 4
+    for slot, version in zip(slots, versions, strict=True):
+        assert_holds(bank, slot, version)
+    for slot in slots:
+        bank.unpin(slot)
+    assert bank.slots_used == 1, "versions that nobody can ask for any more keep their slots"
+
+
+def test_a_slot_that_is_used_again_holds_nothing_of_its_former_adapter(net):
     """Neither components beyond the new rank, nor layers or a family that the new adapter does not have."""
+    bank = make_bank(net, num_slots=1)
     bank.add("lua", [adapter("flora", 5, 1), adapter("lora", 4, 2)])
-    bank.remove("lua")
     new = adapter("flora", 2, 3, ("first",))
     bank.add("rb", [new])
-    assert bank.num_slots == 2
-    assert_close(answer(bank, net, bank.serving(["rb"], "flora"), X[:1]), by_hand(net, X[:1], new))
+    assert use(bank, "lua") == use(bank, "rb")
+    serving = pinned(bank, ["rb"], "flora")
+    assert_holds(bank, serving.slots[0], new)
+    assert_close(answer(bank, net, serving, X[:1]), by_hand(net, X[:1], new))
     with pytest.raises(AdapterError, match="no lora checkpoint"):
-        bank.serving(["rb"], "bmm-lora")
+        bank.pin("rb", "bmm-lora")
 
 
-def test_many_replacements_take_no_more_memory(bank):
-    for seed in range(20):
-        bank.add("lua", [adapter("flora", 1 + seed % 4, seed)])
-    assert bank.num_slots == 3, "a tag and the identity, and one slot to write a replacement to before the old one is let go"
-    bank.remove("lua")
-    assert sorted(bank._free) == [1, 2]
-
-
-def test_slot_0_is_the_identity_whatever_comes_and_goes(bank, net):
+def test_slot_0_is_the_identity_whatever_comes_and_goes():
+    bank = make_bank(num_slots=2)
     for seed, rank in enumerate((1, 4, 2, 8, 3)):
         bank.add(f"tag{seed}", [adapter("flora", rank, seed), adapter("lora", rank, seed)])
-        assert bank._slot_of[f"tag{seed}"] != IDENTITY_SLOT
+        assert use(bank, f"tag{seed}") != IDENTITY_SLOT
     for (family, layer), stack in bank._stacks.items():
         assert stack.ranks[IDENTITY_SLOT] == 0
         if family == "flora":
             assert stack.A[IDENTITY_SLOT, 0].eq(1).all() and stack.B[IDENTITY_SLOT, 0].eq(1).all(), layer
 
 
-def test_growth_of_slots_and_ranks_leaves_all_others_as_they_were(bank, net):
+def test_growth_of_ranks_leaves_all_others_as_they_were(bank, net):
     """Thirteen tags of ranks up to 9, added one by one: everyone still answers as alone, batches that began before included."""
     added: dict[str, Adapter] = {}
     began: list[tuple[str, object]] = []
@@ -211,13 +387,157 @@ def test_growth_of_slots_and_ranks_leaves_all_others_as_they_were(bank, net):
         name = f"tag{seed}"
         added[name] = adapter("flora", 1 + (seed * 5) % 9, seed)
         bank.add(name, [added[name]])
-        serving = bank.serving([name], "flora")
+        serving = pinned(bank, [name], "flora")
         if seed % 2:
             answer(bank, net, serving, X[:1])  # half of them have run before the bank grows, half begin afterwards
         began.append((name, serving))
     for name, serving in began:
         assert_close(answer(bank, net, serving, X[:1]), by_hand(net, X[:1], added[name]))
-        assert_close(answer(bank, net, bank.serving([name], "flora"), X[:1]), by_hand(net, X[:1], added[name]))
+        assert_close(answer(bank, net, pinned(bank, [name], "flora"), X[:1]), by_hand(net, X[:1], added[name]))
+
+
+def test_a_slot_that_is_filled_during_a_forward_can_be_filled_again_outside_of_one():
+    """Tensors that are made in inference mode can never be written outside of it."""
+    bank, added = stocked_with(1, *"ab")
+    with torch.inference_mode():
+        bank.add("c", [adapter("flora", 4, 7)])
+        assert_holds(bank, use(bank, "a"), added["a"])
+    for name in "bca":
+        assert use(bank, name) == 1
+    assert_holds(bank, 1, added["a"])
+
+
+def test_factors_that_are_parameters_in_training_are_copied(bank):
+    entry = adapter("flora", 2, 1)
+    parameters = {layer: tuple(torch.nn.Parameter(side.clone()) for side in pair) for layer, pair in entry.factors.items()}
+    bank.add("lua", [Adapter("flora", parameters, None, "in training")])
+    with torch.no_grad():
+        for pair in parameters.values():
+            pair[0].zero_()
+    assert_holds(bank, use(bank, "lua"), entry)
+
+
+def test_half_precision_is_rounded_once(net):
+    bank = make_bank(net.bfloat16(), torch.bfloat16)
+    entry = adapter("flora", 3, 1)
+    info = bank.add("lua", [entry])
+    assert info.size_bytes == bank.host_bytes_used == 3 * NUM_FACTORS * 2
+    rounded = {layer: tuple(side.bfloat16() for side in pair) for layer, pair in entry.factors.items()}
+    assert_holds(bank, use(bank, "lua"), Adapter("flora", rounded, None, ""))
+
+
+@pytest.mark.parametrize(
+    "error, raised, message",
+    [
+        (torch.OutOfMemoryError("no memory"), AdapterError, "adapter 'b' does not fit on the device.*fewer adapter slots"),
+        (KeyboardInterrupt("stopped"), KeyboardInterrupt, "stopped"),
+    ],
+    ids=["full device", "interrupted"],
+)
+def test_an_adapter_that_cannot_be_copied_to_the_device_takes_no_slot(monkeypatch, error, raised, message):
+    def fail(*args) -> None:
+        raise error
+
+    bank, added = stocked_with(2, *"abc")
+    held = bank.pin("a", "flora")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "_foreach_copy_", fail)
+        for _ in range(3):
+            with pytest.raises(raised, match=message):
+                bank.pin("b", "flora")
+            assert bank.slots_used == 1
+    assert_holds(bank, held, added["a"])
+    assert_holds(bank, bank.pin("c", "flora"), added["c"])
+    assert bank.counters()["b"] == AdapterCounters()
+
+
+def test_what_is_counted():
+    bank, _ = stocked_with(2, *"abc")
+    for name in "aab":  # a miss, a hit, a miss
+        use(bank, name)
+    held = [bank.pin("a", "flora"), bank.pin("b", "flora")]  # two hits
+    assert bank.pin("c", "flora") is None  # counts when it is given a slot
+    bank.unpin(held[0])
+    use(bank, "c")  # a miss, and `a` is evicted
+    use(bank, "a")  # a miss, and `c` is evicted
+    bank.add("b", [adapter("flora", 1, 9)])  # pinned: it keeps its slot until it is let go
+    bank.pin("b", "flora")  # a miss of the new version, and `a` is evicted
+    bank.unpin(held[1])
+    counters = bank.counters()
+    assert all(entry.copy_s > 0 for entry in counters.values())
+    assert {name: (entry.hits, entry.misses, entry.evictions) for name, entry in counters.items()} == {
+        "a": (2, 2, 2), "b": (1, 2, 0), "c": (0, 1, 1),
+    }  # fmt: skip
+    assert all((entry.loads, entry.load_s) == (0, 0) for entry in counters.values()), "nothing was dropped from host memory"
+    counters["a"].hits = 99
+    assert bank.counters()["a"].hits == 2, "a reader can change what is counted"
+    bank.remove("a")
+    bank.add("a", [adapter("flora")])
+    assert bank.counters()["a"] == AdapterCounters(), "a tag that was removed is counted on"
+
+
+# ---------------------------------------------------------------------------------------------------------- many threads
+
+
+def test_tags_come_and_go_on_other_threads_while_requests_run():
+    """Each version's numbers are all equal, so that a slot that was written in part, or to two at once, would show."""
+
+    def version(number: int) -> Adapter:
+        factors = {
+            layer: (torch.full((2, widths[0]), float(number)), torch.full((2, widths[1]), float(number)))
+            for layer, widths in SHAPES.items()
+        }
+        return Adapter("flora", factors, None, str(number))
+
+    bank = make_bank(num_slots=3)
+    names = [f"tag{place}" for place in range(6)]
+    for name in names:
+        bank.add(name, [version(0)])
+    newest = dict.fromkeys(names, 0)  # what was there before each pin, at least
+    ended, failures = threading.Event(), []
+
+    def change(place: int) -> None:
+        try:
+            number = 0
+            while not ended.is_set():
+                number += 1
+                name = names[place + 3 * (number % 2)]
+                if number % 7 == 0:
+                    bank.remove(name)
+                bank.add(name, [version(number)])
+                newest[name] = number
+                bank.prefetch(names)
+                assert bank.counters().keys() <= set(names) and bank.info.keys() <= set(names)
+        except Exception as error:  # shown by the test's own thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=change, args=(place,)) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for step in range(600):
+            name = names[step % 6]
+            at_least = newest[name]
+            try:
+                slot = bank.pin(name, "flora")
+            except UnknownAdapterError:
+                continue  # between removed and added again
+            values = {
+                value
+                for layer in LAYERS
+                for side in ("A", "B")
+                for value in getattr(bank.stack("flora", layer), side)[slot].unique().tolist()
+            }
+            assert len(values) == 1 and min(values) >= at_least, (
+                f"step {step}: {name} in slot {slot} holds {values}, not {at_least} or newer"
+            )
+            bank.unpin(slot)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert not failures, failures
+    assert not bank._users and bank.slots_used <= 3
 
 
 # ------------------------------------------------------------------------------------------- changes while a batch runs
@@ -252,7 +572,7 @@ def test_a_running_batch_never_sees_a_change_of_its_adapters(checkpoints, method
     if change == "replaced":
         later = [completion.token_ids for completion in engine.generate(requests, method)]
         assert later[0] != undisturbed[0] and later[2] == undisturbed[2], "batches that start later get the new adapter"
-    assert not engine.bank._users and not engine.bank._retired
+    assert not engine.bank._users
 
 
 # ----------------------------------------------------------------------------------------------------------- what is said
@@ -277,7 +597,7 @@ def test_a_missing_family_is_an_error_that_says_who_has_it(stocked):
     with pytest.raises(AdapterError, match=r"adapter 'rb' has no flora checkpoint.*method flora-expand.*: jl, lua$"):
         stocked.family_for("rb", "flora-expand")
     with pytest.raises(AdapterError, match=r"adapter 'lua' has no lora checkpoint.*method bmm-lora.*: jl, rb$"):
-        stocked.serving(["jl", "lua"], "bmm-lora")
+        stocked.pin("lua", "bmm-lora")
     stocked.remove("jl")
     stocked.remove("rb")
     with pytest.raises(AdapterError, match="no tag has one"):
@@ -288,10 +608,25 @@ def test_a_missing_family_is_an_error_that_says_who_has_it(stocked):
 @pytest.mark.parametrize("method", ["flora", "bmm-lora", "merged", "base"])
 def test_an_unknown_tag_is_an_error_that_says_what_is_loaded(stocked, method):
     with pytest.raises(UnknownAdapterError, match="unknown adapter 'pl'; loaded: jl, lua, rb"):
-        stocked.serving(["lua", "pl"] if method == "flora" else ["pl"], method)
+        stocked.pin("pl", method)
     with pytest.raises(UnknownAdapterError, match="'pl'"):
         stocked.remove("pl")
     assert not stocked._users
+
+
+def test_of_very_many_tags_an_error_lists_the_first(bank):
+    for number in range(1234):
+        bank.add(f"tag{number:04}", [adapter("flora", layers=("first",))])
+    with pytest.raises(UnknownAdapterError, match=r"loaded: tag0000, .*, tag0019 and 1,214 more$"):
+        bank.pin("pl", "flora")
+    with pytest.raises(AdapterError, match="no tag has one$"):
+        bank.pin("tag0000", "bmm-lora")
+
+
+def with_numbers(family: str, layer: str, side: int, value: float) -> Adapter:
+    entry = adapter(family, 2, 1)
+    entry.factors[layer][side][1, 2] = value
+    return entry
 
 
 WRONG = {
@@ -305,6 +640,13 @@ WRONG = {
         [adapter("flora"), adapter("lora", shapes={"first": (D, D + 2), "second": (D, D)})],
         rf"does not fit layer second: it maps {D} → {D}, the model's layer maps {D + 2} → {D}",
     ),
+    "NaN": ([with_numbers("flora", "second", 0, torch.nan)], "NaN or infinite weights on layer second, as float32"),
+    "infinity": ([adapter("flora"), with_numbers("lora", "first", 1, -torch.inf)], "NaN or infinite weights on layer first"),
+    "sides of two ranks": (
+        [Adapter("flora", {"first": (torch.ones(2, D), torch.ones(3, D + 2))}, None, "")],
+        "layer first has rank 2 on its A side and 3 on its B side",
+    ),
+    "no weights": ([Adapter("flora", {}, None, "")], "has no weights"),
     "transposed": ([adapter("flora", layers=("first",), shapes={"first": (D + 2, D)})], "does not fit layer first"),
 }
 
@@ -313,6 +655,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_refused_adapter_changes_nothing(stocked, name, wrong):
     adapters, message = WRONG[wrong]
+    use(stocked, "lua")
     before = contents(stocked)
     with pytest.raises(AdapterError, match=message) as caught:
         stocked.add(name, adapters)
@@ -326,3 +669,18 @@ def test_a_tag_that_no_request_can_name_is_refused(bank, name):
     with pytest.raises(AdapterError, match="tag must be a word"):
         bank.add(name, [adapter("flora")])
     assert_unchanged(bank, before)
+
+
+def test_a_number_that_is_too_large_for_the_models_precision_is_refused(net):
+    large = with_numbers("lora", "second", 1, 1e5)
+    make_bank(make_net()).add("lua", [large])
+    with pytest.raises(AdapterError, match="adapter 'lua' has NaN or infinite weights on layer second, as float16"):
+        make_bank(net.half(), torch.float16).add("lua", [large])
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"num_slots": 0}, "slots must be at least 1, not 0"), ({"host_bytes": -1}, "not -1")]
+)
+def test_a_bank_of_nonsense_size_is_refused(options, message):
+    with pytest.raises(AdapterError, match=message):
+        make_bank(**options)
