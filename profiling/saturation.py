@@ -73,12 +73,6 @@ class SaturationMonitor:
         self.num_sent += 1
         self.num_refused += refused
 
-    def reset(self) -> None:
-        """Forget all: another load begins."""
-        self.num_sent = self.num_refused = 0
-        for series in (self._times, self._queue, self._ttfts):
-            series.clear()
-
     def verdict(self) -> Saturation | None:
         """Over-saturated so far? None: no, or too early to tell."""
         if self.num_sent >= MIN_REQUESTS and self.num_refused > MAX_REFUSED * self.num_sent:
