@@ -87,7 +87,7 @@ def _chart(series: Mapping[str, Mapping[int, float]], num_steps: int, unit: str,
     traces, medians, drawn, longest = [], [], [], 0
     for method, points in series.items():
         style = METHOD_STYLES[method]
-        x, y = _thinned(np.array(list(points), dtype=float), np.array(list(points.values()), dtype=float))
+        x, y = thinned(np.array(list(points), dtype=float), np.array(list(points.values()), dtype=float))
         traces.append(
             {
                 "type": "scatter",
@@ -106,8 +106,8 @@ def _chart(series: Mapping[str, Mapping[int, float]], num_steps: int, unit: str,
             longest = max(longest, len(points))
     # A rare spike would press all other points to the floor: it lies above the chart then, and the sentence says so.
     usual = SPIKE * float(np.quantile(drawn, 0.9)) if drawn else 0.0
-    ceiling = _ceiling(min(usual, max(drawn, default=0.0)))
-    layout = _layout(title, "step", unit, (0, max(1, num_steps)), (0, ceiling))
+    ceiling = axis_ceiling(min(usual, max(drawn, default=0.0)))
+    layout = chart_layout(title, "step", unit, (0, max(1, num_steps)), (0, ceiling))
     if not medians:
         return Chart({"data": traces, "layout": layout}, f"{title}: nothing measured yet.")
     plural = "steps" if longest != 1 else "step"
@@ -117,7 +117,7 @@ def _chart(series: Mapping[str, Mapping[int, float]], num_steps: int, unit: str,
     return Chart({"data": traces, "layout": layout}, f"{found}{beyond}.")
 
 
-def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most MAX_POINTS points: medians of neighbours where there are more."""
     if len(x) <= MAX_POINTS:
         return x, y
@@ -125,7 +125,7 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([np.median(x[group]) for group in groups]), np.array([np.median(y[group]) for group in groups])
 
 
-def _ceiling(highest: float) -> float:
+def axis_ceiling(highest: float) -> float:
     """The end of an axis that holds `highest`: a round number, so that a live chart's axis moves seldom."""
     if highest <= 0:
         return 1.0
@@ -133,7 +133,8 @@ def _ceiling(highest: float) -> float:
     return next(step * power for step in (1.5, 2, 3, 4, 5, 6, 8, 10, 15) if step * power >= 1.05 * highest)
 
 
-def _layout(title: str, x_title: str, y_title: str, x_range: tuple[float, float], y_range: tuple[float, float]) -> dict:
+def chart_layout(title: str, x_title: str, y_title: str, x_range: tuple[float, float], y_range: tuple[float, float]) -> dict:
+    """The look every chart has: no background, a quiet grid, the legend above, fixed ranges."""
     axis = {
         "gridcolor": GRID_COLOUR,
         "zeroline": False,

@@ -5,19 +5,17 @@ anywhere else.
 from __future__ import annotations
 
 import html
-import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from plotly.offline import get_plotlyjs
+from typing import TYPE_CHECKING, Any
 
 from flora.errors import RequestError
 from profiling import figures
 from profiling.comparison import ComparisonResult, MethodFigures
+from profiling.document import HtmlDocument, text_table
 from profiling.timing import Ratio
 
 if TYPE_CHECKING:
@@ -127,15 +125,9 @@ def _agreement(part: MethodFigures) -> tuple[str, str]:
 
 def text(result: ComparisonResult) -> str:
     """For a terminal: an aligned table, the finding, the conditions, the command."""
-    heads, lines = figures_table(result)
-    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
-    rows = [
-        "  ".join(_aligned(cell, width, i) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
-        for line in (heads, *lines)
-    ]
     return "\n".join(
         [
-            *(row.rstrip() for row in rows),
+            text_table(*figures_table(result)),
             "",
             headline(result),
             conditions(result),
@@ -146,10 +138,6 @@ def text(result: ComparisonResult) -> str:
             result.command,
         ]
     )
-
-
-def _aligned(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column < 2 else cell.rjust(width)
 
 
 def jsonl(result: ComparisonResult) -> str:
@@ -188,7 +176,7 @@ def markdown(result: ComparisonResult) -> str:
     ]
     parts += ["## What was written", "", *_markdown_table(*_texts_table(result)), ""]
     parts += [f"- request {index + 1} was left out: {_markdown_cell(message)}" for index, message in result.failures.items()]
-    parts += ["## Measured on", "", *_markdown_table(["fact", "value"], _environment_lines(result)), ""]
+    parts += ["## Measured on", "", *_markdown_table(["fact", "value"], environment_lines(result.environment)), ""]
     parts += ["## Reproduce", "", *(f"    {line}" for line in result.command.splitlines()), ""]
     return "\n".join(parts)
 
@@ -222,81 +210,34 @@ def _texts_table(result: ComparisonResult) -> tuple[list[str], list[list[str]]]:
     return heads, lines
 
 
-def _environment_lines(result: ComparisonResult) -> list[list[str]]:
-    lines = [[name, str(value)] for name, value in result.environment.items() if name != "models"]
-    for kind, model in result.environment["models"].items():
+def environment_lines(environment: Mapping[str, Any]) -> list[list[str]]:
+    """`hardware.environment(...)` as lines of a table, fact and value."""
+    lines = [[name, str(value)] for name, value in environment.items() if name != "models"]
+    for kind, model in environment["models"].items():
         lines += [[f"{kind} model's {name}", str(value)] for name, value in model.items()]
     return lines
-
-
-_STYLE = """
-:root { color-scheme: light dark; --text: #1b1f24; --soft: #57606a; --line: #d5d9de; --page: #ffffff; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e8ea; --soft: #9aa4ae; --line: #353b42; --page: #14171a; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 1240px; margin:
-2rem auto; padding: 0 1rem; } h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
-th, td { text-align: left; vertical-align: top; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line);
-} th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-td { white-space: nowrap; }
-td.written { white-space: pre-wrap; font-family: ui-monospace, monospace; min-width: 20rem; overflow-wrap: anywhere; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); padding: 0.6rem; }
-.soft { color: var(--soft); }
-.js-plotly-plot svg text { fill: var(--text) !important; }
-"""
 
 
 def html_page(result: ComparisonResult) -> str:
     """One file with tables, charts and plotly.js inside; nothing is fetched. All text is escaped."""
     methods = list(result.methods)
     num_steps = max((step.step for step in result.steps), default=0) + 1
-    charts = [
-        ("Tokens per second", figures.live_tokens_per_s(result.steps, methods, num_steps)),
-        ("Step times", figures.step_times(result.steps, methods, num_steps)),
-    ]
-    drawn, calls = [], []
-    for number, (title, chart) in enumerate(charts):
-        sentence = html.escape(chart.description)
-        drawn.append(
-            f'<h2>{title}</h2><p class="soft">{sentence}</p><div id="chart-{number}" role="img" aria-label="{sentence}"></div>'
-        )
-        figure = _script_json({**chart.figure, "config": {"responsive": True, "displaylogo": False, "showSendToCloud": False}})
-        calls.append(f'Plotly.newPlot("chart-{number}", {figure});')
-    failed = "".join(
-        f"<p>Request {index + 1} was left out: {html.escape(message)}</p>" for index, message in result.failures.items()
-    )
-    parts = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>fLoRA Live: a comparison</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>",
-        f"<h1>A comparison, recorded</h1><p>{html.escape(headline(result))}</p>",
-        f'<p class="soft">{html.escape(conditions(result))}.</p>{failed}',
-        f'{_html_table(*figures_table(result))}<p class="soft">{html.escape(NOTE)}</p>',
-        *drawn,
-        f"<h2>What was written</h2>{_html_table(*_texts_table(result), written='text')}",
-        f"<h2>Measured on</h2>{_html_table(['fact', 'value'], _environment_lines(result))}",
-        f"<h2>Reproduce</h2><pre>{html.escape(result.command)}</pre>",
-        f"<script>{''.join(calls)}</script></body></html>",
-    ]
-    return "\n".join(parts)
-
-
-def _html_table(heads: Sequence[str], lines: Sequence[Sequence[str]], written: str | None = None) -> str:
-    """written: the column that holds generated text, whose line breaks and spaces are kept."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
-    body = ""
-    for line in lines:
-        cells = (
-            f'<td class="written">{html.escape(cell)}</td>' if name == written else f"<td>{html.escape(cell)}</td>"
-            for name, cell in zip(heads, line, strict=True)
-        )
-        body += f"<tr>{''.join(cells)}</tr>"
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _script_json(value: object) -> str:
-    """JSON that may stand inside a <script> element."""
-    return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    page = HtmlDocument("fLoRA Live: a comparison", "A comparison, recorded")
+    page.paragraph(headline(result))
+    page.paragraph(f"{conditions(result)}.", soft=True)
+    for index, message in result.failures.items():
+        page.paragraph(f"Request {index + 1} was left out: {message}")
+    page.table(*figures_table(result))
+    page.paragraph(NOTE, soft=True)
+    page.chart("Tokens per second", figures.live_tokens_per_s(result.steps, methods, num_steps))
+    page.chart("Step times", figures.step_times(result.steps, methods, num_steps))
+    page.heading("What was written")
+    page.table(*_texts_table(result), written="text")
+    page.heading("Measured on")
+    page.table(["fact", "value"], environment_lines(result.environment))
+    page.heading("Reproduce")
+    page.code(result.command)
+    return page.render()
 
 
 _FORMATS: dict[str, Callable[[ComparisonResult], str]] = {

@@ -77,5 +77,5 @@ def test_a_rare_spike_does_not_press_the_rest_to_the_floor_and_is_told():
 
 @pytest.mark.parametrize("highest", [1e-9, 0.37, 0.999, 1.0, 9.6, 99.99, 123456.0])
 def test_the_ceiling_holds_what_is_below_it(highest):
-    ceiling = figures._ceiling(highest)
+    ceiling = figures.axis_ceiling(highest)
     assert highest < ceiling <= 2 * highest and math.isfinite(ceiling)

@@ -24,7 +24,6 @@ from profiling.traffic import (
     parse_mix,
 )
 
-
 VOCABULARY: dict[str, int] = {}
 
 
