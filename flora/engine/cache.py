@@ -1,102 +1,278 @@
-"""A key/value cache in which every row stands at its own position, behind transformers' `Cache` interface.
+"""A key/value cache in which every running request has a row and its own position, behind transformers' `Cache` interface.
 
-Prompts are padded on the right, so position p of a row is always its p-th token. The prompt is written in one piece; afterwards
-each row writes its token at its own position, over what padding left there, and the attention mask hides everything beyond it.
-The memory is allocated once, for the longest row.
+A forward reads and writes a range of consecutive rows. A prompt, or a piece of one, is written from its row's position on; decoding
+writes one token a row. The mask hides what lies beyond each row's position: padding, or what another request left there. Nothing is
+allocated in a step: rows and positions are reserved when a request is admitted, each time twice what there was.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+
+POSITIONS_AT_ONCE = 64
+"""Positions are reserved in multiples of this."""
 
 
-class Positions:
-    """Where the next forward writes, shared by all layers of a cache."""
+class Window:
+    """Which part of the cache the next forward touches, shared by all of its layers."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.rows: Tensor | None = None  # (n,) int64, 0 … n - 1
-        self.current: Tensor | None = None  # (n,) int64; None: a prompt, written from position 0
-        self.width = 0  # positions any row has filled, this forward's included
-
-    def begin_prompt(self, length: int) -> None:
-        self.current, self.width = None, length
-
-    def begin_token(self, current: Tensor, width: int) -> None:
-        """current: (n,) int64, each row's position. width: the largest of them, plus one."""
-        if self.rows is None or self.rows.shape != current.shape:
-            self.rows = torch.arange(current.shape[0], device=current.device)
-        self.current, self.width = current, width
+    def __init__(self) -> None:
+        self.rows = slice(0, 0)
+        self.width = 0  # positions that this forward may look at, 0 … width - 1
+        self.whole_prompts = False  # every row starts at position 0: there is nothing before to look at
+        self.positions: Tensor | None = None  # (n,) int64 of the one token each row gets, or None for prompts
+        self.row_numbers: Tensor | None = None  # (n,) int64 of the last rows that got one token each
+        self.numbered: slice | None = None  # those rows
+        self.tokens: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # row, position; row and place in the input
+        self.num_rows, self.num_positions = 0, 0  # reserved
 
 
 class RowLayer(CacheLayerMixin):
-    """One layer's keys and values (n, heads, capacity, d_head)."""
+    """One layer's keys and values (rows, heads, positions, d_head)."""
 
     is_sliding = False
 
-    def __init__(self, positions: Positions) -> None:
+    def __init__(self, window: Window) -> None:
         super().__init__()
-        self.positions = positions
+        self.window = window
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        n, heads, _, _ = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        capacity = self.positions.capacity
-        self.keys = key_states.new_zeros(n, heads, capacity, key_states.shape[-1])
-        self.values = value_states.new_zeros(n, heads, capacity, value_states.shape[-1])
+        shape = (self.window.num_rows, key_states.shape[1], self.window.num_positions)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])  # zeros: what is masked is still multiplied by 0
+        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write (n, heads, l, d_head) and return all that this forward may attend to, (n, heads, width, d_head)."""
+        """Write (n, heads, l, d_head) and return all that this forward may look at, (n, heads, width, d_head)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        positions = self.positions
-        if positions.current is None:
-            self.keys[:, :, : positions.width] = key_states
-            self.values[:, :, : positions.width] = value_states
+        window = self.window
+        if window.positions is not None:
+            self.keys[window.row_numbers, :, window.positions] = key_states[:, :, 0]
+            self.values[window.row_numbers, :, window.positions] = value_states[:, :, 0]
+        elif window.whole_prompts:
+            self.keys[window.rows, :, : window.width] = key_states
+            self.values[window.rows, :, : window.width] = value_states
             return key_states, value_states
-        self.keys[positions.rows, :, positions.current] = key_states[:, :, 0]
-        self.values[positions.rows, :, positions.current] = value_states[:, :, 0]
-        return self.keys[:, :, : positions.width], self.values[:, :, : positions.width]
+        else:
+            row, position, source_row, source_place = window.tokens
+            self.keys[row, :, position] = key_states[source_row, :, source_place]
+            self.values[row, :, position] = value_states[source_row, :, source_place]
+        return self.keys[window.rows, :, : window.width], self.values[window.rows, :, : window.width]
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows (n_kept,) int64."""
+    def resize(self, num_rows: int, num_positions: int) -> None:
         if self.is_initialized:
-            self.keys, self.values = self.keys[rows], self.values[rows]
+            self.keys = _enlarged(self.keys, num_rows, num_positions)
+            self.values = _enlarged(self.values, num_rows, num_positions)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        if self.is_initialized:
+            self.keys[target, :, :length] = self.keys[source, :, :length]
+            self.values[target, :, :length] = self.values[source, :, :length]
+
+    def clear(self, row: int) -> None:
+        if self.is_initialized:
+            self.keys[row], self.values[row] = 0.0, 0.0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.positions.width, 0
+        return self.window.width, 0
 
     def get_seq_length(self) -> int:
-        return 0 if self.positions.current is None else self.positions.width - 1
+        return 0 if self.window.whole_prompts else max(0, self.window.width - 1)
 
     def get_max_length(self) -> int:
-        return self.positions.capacity
+        return self.window.num_positions
 
     def get_max_cache_shape(self) -> int:
         """The name that transformers before 5 has for `get_max_length`."""
-        return self.positions.capacity
+        return self.window.num_positions
+
+
+def _enlarged(old: Tensor, num_rows: int, num_positions: int) -> Tensor:
+    new = old.new_zeros(num_rows, old.shape[1], num_positions, old.shape[3])
+    new[: old.shape[0], :, : old.shape[2]] = old
+    return new
 
 
 class RowCache(Cache):
-    """All layers' `RowLayer`s. capacity: positions per row; the longest row's prompt and new tokens."""
+    """All layers' `RowLayer`s.
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
-        self.positions = Positions(capacity)
-        super().__init__(layers=[RowLayer(self.positions) for _ in range(num_layers)])
+    max_rows, max_positions: what may be reserved at most.
+    """
 
-    def select(self, rows: Tensor) -> None:
+    def __init__(self, num_layers: int, max_rows: int, max_positions: int) -> None:
+        self.window = Window()
+        self.max_rows, self.max_positions = max_rows, max_positions
+        super().__init__(layers=[RowLayer(self.window) for _ in range(num_layers)])
+
+    def reserve(self, num_rows: int, num_positions: int) -> None:
+        """Make room for this many rows of this many positions; what is there stays. Whatever the device raises when it is full."""
+        window = self.window
+        if num_rows <= window.num_rows and num_positions <= window.num_positions:
+            return
+        rows = window.num_rows if num_rows <= window.num_rows else min(max(num_rows, 2 * window.num_rows), self.max_rows)
+        positions = window.num_positions
+        if num_positions > positions:
+            rounded = -(-max(num_positions, 2 * positions) // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE
+            positions = min(rounded, self.max_positions)
         for layer in self.layers:
-            layer.select(rows)
+            layer.resize(rows, positions)
+        window.num_rows, window.num_positions = rows, positions
+
+    def begin_prompts(self, first_row: int, starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
+        """The next forward reads a piece of one prompt per row: `lengths` tokens from position `starts` on, padded on the right."""
+        window, n = self.window, len(starts)
+        window.rows, window.positions = slice(first_row, first_row + n), None
+        window.whole_prompts = not any(starts)
+        window.width = max(start + length for start, length in zip(starts, lengths, strict=True))
+        if not window.whole_prompts:
+            tokens = [
+                (first_row + row, start + place, row, place)
+                for row, (start, length) in enumerate(zip(starts, lengths, strict=True))
+                for place in range(length)
+            ]
+            window.tokens = tuple(torch.tensor(tokens, device=device).unbind(1))
+
+    def begin_tokens(self, first_row: int, positions: Tensor, width: int) -> None:
+        """The next forward reads one token a row. positions: (n,) int64, where each is written; width: the largest, plus one."""
+        window, rows = self.window, slice(first_row, first_row + positions.shape[0])
+        if window.numbered != rows:
+            window.numbered, window.row_numbers = rows, torch.arange(rows.start, rows.stop, device=positions.device)
+        window.rows, window.positions, window.width = rows, positions, width
+        window.whole_prompts = False
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Row `target` becomes what row `source` is up to position `length`."""
+        for layer in self.layers:
+            layer.move(source, target, length)
+
+    def clear(self, row: int) -> None:
+        """Forget a row whose numbers are not finite: masked or not, they would spoil whoever has the row next."""
+        for layer in self.layers:
+            layer.clear(row)
 
 
-def prompt_mask(length: int, device: torch.device) -> Tensor:
-    """(1, 1, l, l) bool, True where a query may look: itself and what stands before it. Padding stands behind every real token."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+class CrossLayer(CacheLayerMixin):
+    """One decoder layer's keys and values of what the encoder heard (rows, heads, frames, d_head).
+
+    The model writes them with a prompt and afterwards reads `keys` and `values`, which are those of the window's rows.
+    """
+
+    is_sliding = False
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self.window = window
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor | None:
+        return None if self._keys is None else self._keys[self.window.rows]
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        """CacheLayerMixin's constructor sets it to None."""
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self._values is None else self._values[self.window.rows]
+
+    @values.setter
+    def values(self, value: None) -> None:
+        """CacheLayerMixin's constructor sets it to None."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self._keys = key_states.new_zeros(self.window.num_rows, *key_states.shape[1:])
+        self._values = value_states.new_zeros(self.window.num_rows, *value_states.shape[1:])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._keys[self.window.rows] = key_states
+        self._values[self.window.rows] = value_states
+        return key_states, value_states
+
+    def resize(self, num_rows: int, num_positions: int) -> None:
+        if self.is_initialized and num_rows > self._keys.shape[0]:
+            self._keys = _enlarged(self._keys, num_rows, self._keys.shape[2])
+            self._values = _enlarged(self._values, num_rows, self._values.shape[2])
+
+    def move(self, source: int, target: int, length: int) -> None:
+        if self.is_initialized and length:
+            self._keys[target] = self._keys[source]
+            self._values[target] = self._values[source]
+
+    def clear(self, row: int) -> None:
+        if self.is_initialized:
+            self._keys[row], self._values[row] = 0.0, 0.0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (0 if self._keys is None else self._keys.shape[2]), 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return 0 if self._keys is None else self._keys.shape[2]
+
+    def get_max_cache_shape(self) -> int:
+        """The name that transformers before 5 has for `get_max_length`."""
+        return self.get_max_length()
 
 
-def token_mask(current: Tensor, width: int) -> Tensor:
-    """(n, 1, 1, width) bool for one new token per row at positions current (n,)."""
-    return (torch.arange(width, device=current.device) <= current[:, None])[:, None, None]
+class SpeechCache(EncoderDecoderCache):
+    """A `RowCache` of what the decoder wrote, and beside it what it looks up of each clip."""
+
+    def __init__(self, num_layers: int, max_rows: int, max_positions: int) -> None:
+        self.own = RowCache(num_layers, max_rows, max_positions)
+        super().__init__(self.own, Cache(layers=[CrossLayer(self.own.window) for _ in range(num_layers)]))
+
+    def reserve(self, num_rows: int, num_positions: int) -> None:
+        """As `RowCache.reserve`."""
+        self.own.reserve(num_rows, num_positions)
+        for layer in self.cross_attention_cache.layers:
+            layer.resize(self.own.window.num_rows, 0)
+
+    def begin_prompts(self, first_row: int, starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
+        """As `RowCache.begin_prompts`; the clips' keys and values are written, too."""
+        self.own.begin_prompts(first_row, starts, lengths, device)
+        self.is_updated = dict.fromkeys(self.is_updated, False)
+
+    def begin_tokens(self, first_row: int, positions: Tensor, width: int) -> None:
+        """As `RowCache.begin_tokens`; the clips' keys and values are read."""
+        self.own.begin_tokens(first_row, positions, width)
+        self.is_updated = dict.fromkeys(self.is_updated, True)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """As `RowCache.move`."""
+        self.own.move(source, target, length)
+        for layer in self.cross_attention_cache.layers:
+            layer.move(source, target, length)
+
+    def clear(self, row: int) -> None:
+        """As `RowCache.clear`."""
+        self.own.clear(row)
+        for layer in self.cross_attention_cache.layers:
+            layer.clear(row)
+
+
+def prompt_mask(starts: Sequence[int], length: int, width: int, device: torch.device) -> Tensor:
+    """Where each token of a prompt's piece may look: itself and all before it.
+
+    starts: each row's first position. Returns (n, 1, length, width) bool; (1, 1, length, width) where all start at 0.
+    """
+    first = torch.tensor(list(starts) if any(starts) else [0], device=device)
+    own = first[:, None] + torch.arange(length, device=device)  # (n, length)
+    return (torch.arange(width, device=device) <= own[:, :, None])[:, None]
+
+
+def token_mask(positions: Tensor, width: int) -> Tensor:
+    """(n, 1, 1, width) bool for one new token per row at `positions` (n,)."""
+    return (torch.arange(width, device=positions.device) <= positions[:, None])[:, None, None]

@@ -1,11 +1,14 @@
-"""Engine: one base model, its adapters, and requests in batches. `step` is schedule → run → postprocess."""
+"""Engine: one base model, its adapters, and whoever sends requests. The face of what the other files of this room do."""
 
 from __future__ import annotations
 
+import queue
 import random
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +16,16 @@ import torch
 
 from flora import ops
 from flora.bank import AdapterBank, AdapterInfo
-from flora.engine.generation import BatchGeneration, Event, Generation, Row, SequentialGeneration, Vocabulary, masked_logits
-from flora.engine.request import Completion, FinishEvent, Request
-from flora.engine.runner import make_runner
-from flora.engine.scheduler import group_by_adapter, schedule
-from flora.errors import RequestError
-from flora.formats import read_adapter
+from flora.engine.core import Core, Counts, Row
+from flora.engine.device import TurnLock, turns_on
+from flora.engine.generation import BatchGeneration, Generation, SequentialGeneration
+from flora.engine.request import Completion, Event, FailEvent, FinishEvent, Request
+from flora.engine.runner import EncodedRequest, make_runner
+from flora.engine.scheduler import group_by_adapter
+from flora.engine.server import Listener, Server, Ticket
+from flora.engine.vocabulary import vocabulary_of
+from flora.errors import BusyError, FloraError, RequestError
+from flora.formats import Adapter, read_adapter
 from flora.layers import ServingHolder, inject
 from flora.models import LoadedModel, load_model
 
@@ -45,25 +52,64 @@ class Agreement:
         return self.agreeing == self.tokens
 
 
+@dataclass(frozen=True)
+class EngineSnapshot:
+    """An engine at one moment: the requests that were submitted, and batches of their callers' own."""
+
+    time_s: float  # of time.perf_counter
+    waiting: int
+    running: int
+    num_arrived: int
+    num_finished: int
+    num_failed: int
+    num_cancelled: int
+    num_tokens: int  # new ones, so far
+    num_steps: int
+    batch: dict[str | None, int]  # adapter → requests that run with it
+    adapter_slots: int
+    adapter_slots_used: int
+
+
 class Engine:
     """Serves many adapters of one base model in one batch.
 
-    Calls from several threads are safe: forwards take turns, step by step.
+    Any number of threads may submit, stream and generate at once: their requests join one batch per method, on a thread that owns
+    the device. max_batch_size: requests that run at once. adapter_slots: adapters on the device at once. host_adapter_bytes: of
+    adapters kept in memory besides; the rest is read from disk when it is wanted. max_waiting: requests that may stand in line.
+    max_batch_tokens: decoded and prompt tokens of one step; longer prompts are read in pieces.
     """
 
-    def __init__(self, loaded: LoadedModel, max_batch_size: int = 32) -> None:
-        if max_batch_size < 1:
-            raise RequestError(f"max_batch_size must be at least 1, not {max_batch_size}")
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        max_batch_size: int = 32,
+        adapter_slots: int = 64,
+        host_adapter_bytes: int = 2 << 30,
+        max_waiting: int = 256,
+        max_batch_tokens: int = 2048,
+    ) -> None:
+        for name, value in (("max_batch_size", max_batch_size), ("adapter_slots", adapter_slots), ("max_waiting", max_waiting)):
+            if value < 1:
+                raise RequestError(f"{name} must be at least 1, not {value}")
+        if max_batch_tokens <= max_batch_size:
+            raise RequestError(
+                f"max_batch_tokens must be more than the {max_batch_size} tokens that a step may decode, not {max_batch_tokens}"
+            )
         self.kind, self.name = loaded.kind, loaded.name
         self.model, self.processor, self.tokenizer = loaded.model, loaded.processor, loaded.tokenizer
         self.device, self.dtype = loaded.model.device, loaded.model.dtype
-        self.max_batch_size = max_batch_size
+        self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
         holder = ServingHolder()
         layers = inject(loaded.model, holder, skip=(loaded.model.get_output_embeddings(),))
-        self.bank = AdapterBank(layers, holder, self.device, self.dtype)
+        self.bank = AdapterBank(layers, holder, self.device, self.dtype, adapter_slots, host_adapter_bytes)
         self.runner = make_runner(loaded, self.bank)
-        self._vocabulary = _vocabulary_of(loaded)
-        self._lock = threading.RLock()
+        self._vocabulary = vocabulary_of(loaded)
+        self._turns = turns_on(self.device)
+        self._counts = Counts()
+        self._own_batches: weakref.WeakSet[Core] = weakref.WeakSet()  # of `start`
+        self._abandoned: deque[BatchGeneration | SequentialGeneration] = deque()
+        make_core = partial(self._make_core, max_rows=max_batch_size, max_batch_tokens=max_batch_tokens)
+        self._server = Server(make_core, self.bank, self._turns, max_waiting)
 
     @classmethod
     def from_pretrained(
@@ -75,36 +121,53 @@ class Engine:
         quantize: str | None = None,
         weights: str = "pretrained",
         max_batch_size: int = 32,
+        **serving: int,
     ) -> Engine:
         """Load a base model (folder, hub id or short name) and its adapters: tag → one checkpoint, or one of each family.
 
+        serving: adapter_slots, host_adapter_bytes, max_waiting and max_batch_tokens, as the class explains them.
         Raises ModelError, AdapterError or CheckpointError, each naming what is wrong.
         """
-        engine = cls(load_model(name, device, dtype, quantize, weights), max_batch_size)
+        engine = cls(load_model(name, device, dtype, quantize, weights), max_batch_size, **serving)
         for tag, sources in (adapters or {}).items():
             engine.add_adapter(tag, sources)
         return engine
+
+    def _make_core(self, method: str, max_rows: int, max_batch_tokens: int) -> Core:
+        return Core(self.runner, self.bank, self._vocabulary, method, max_rows, max_batch_tokens, self._counts)
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Take no more requests; those that wait or run may finish for `timeout_s` seconds, then they fail by name."""
+        self._server.close(timeout_s)
+        self.bank.close()
 
     # ---------------------------------------------------------------------------------------------------- adapters
 
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
-        """What is loaded, by tag."""
+        """What is registered, by tag."""
         return self.bank.info
 
     def add_adapter(self, name: str, sources: str | Path | Sequence[str | Path]) -> AdapterInfo:
-        """Load one checkpoint, or one of each family, under a tag; a tag that exists is replaced for batches that start later."""
+        """Register one checkpoint, or one of each family, under a tag; a tag that exists is replaced for requests admitted later.
+
+        It is read and checked before the engine's thread is held up, and only for as long as its name takes to be changed.
+        """
         paths = [sources] if isinstance(sources, str | Path) else list(sources)
-        adapters = [read_adapter(path) for path in paths]
-        with self._lock:
-            return self.bank.add(name, adapters)
+
+        def read() -> list[Adapter]:
+            return [read_adapter(path) for path in paths]
+
+        prepared = self.bank.prepare(name, read(), reload=read)
+        with self._turns:
+            return self.bank.commit(prepared)
 
     def remove_adapter(self, name: str) -> None:
-        """Forget a tag. Batches that use it finish with it. UnknownAdapterError where there is none."""
-        with self._lock:
+        """Forget a tag. Requests that run with it finish with it. UnknownAdapterError where there is none."""
+        with self._turns:
             self.bank.remove(name)
 
-    # --------------------------------------------------------------------------------------------------- generation
+    # --------------------------------------------------------------------------------------------------- requests
 
     @property
     def context_length(self) -> int:
@@ -117,10 +180,10 @@ class Engine:
         return getattr(self.runner, "window_s", None)
 
     def validate(self, request: Request, method: str = "flora") -> None:
-        """Raise the named error that `start` would raise for this request."""
+        """Raise the named error that `submit` or `start` would raise for this request."""
         self._encode(request, method)
 
-    def _encode(self, request: Request, method: str):
+    def _encode(self, request: Request, method: str) -> EncodedRequest:
         if method not in ops.METHODS:
             raise RequestError(f"unknown method {method!r}; methods are {', '.join(ops.METHODS)}")
         if not isinstance(request, Request):
@@ -132,44 +195,74 @@ class Engine:
                 _ = layer.weight  # a quantised layer says that it has none
         return self.runner.encode(request)
 
-    def start(self, requests: Sequence[Request], method: str = "flora", seed: int = 0, first_index: int = 0) -> Generation:
-        """Check and encode a batch; nothing is run yet. Raises a RequestError or AdapterError before anything runs.
+    def _row(self, request: Request, method: str, seed: int, index: int, place: int, session: Hashable) -> Row:
+        """place: in the list that a seed is for; what is sampled depends on both."""
+        encoded = self._encode(request, method)
+        room = self.context_length - len(encoded.prompt_ids)
+        sampler = _sampler(seed, place) if request.temperature > 0 else None
+        return Row(index, request, encoded, min(request.max_new_tokens, room), sampler, session)
 
-        first_index: the batch's place in a longer list; what is sampled depends on the seed and on a request's place in that list.
+    def submit(
+        self,
+        request: Request,
+        method: str = "flora",
+        *,
+        session: Hashable = None,
+        deadline_s: float | None = None,
+        seed: int = 0,
+        index: int = 0,
+        listener: Listener | None = None,
+    ) -> Ticket:
+        """Put a request in line and return at once. It joins whatever runs with the same method.
+
+        session: whose request it is; sessions take turns. deadline_s: seconds from now after which it fails by name. seed, index:
+        what is sampled depends on both, and `index` is what its events carry. listener: called with every event on the engine's
+        thread, which waits for it, instead of keeping them for whoever iterates over the ticket.
+        Raises RequestError, AudioError or AdapterError for what cannot be served, BusyError where too many wait.
         """
-        if not requests:
-            raise RequestError(EMPTY_BATCH)
-        if len(requests) > self.max_batch_size:
-            raise RequestError(f"the batch has {len(requests)} requests and this engine takes {self.max_batch_size} at once")
-        rows = []
-        for index, request in enumerate(requests):
-            encoded = self._encode(request, method)
-            room = self.context_length - len(encoded.prompt_ids)
-            sampler = _sampler(seed, first_index + index) if request.temperature > 0 else None
-            rows.append(Row(index, request, encoded, min(request.max_new_tokens, room), sampler))
-        batch = partial(BatchGeneration, self.runner, self.bank, self._vocabulary)
-        with self._lock:
-            if method != "merged":
-                return _Locked(batch(rows, method), self._lock)
-            groups = group_by_adapter([request.adapter for request in requests])
-            generations = [batch([rows[index] for index in group], method) for group in groups]
-            return _Locked(SequentialGeneration(generations), self._lock)
+        if deadline_s is not None and not deadline_s > 0:
+            raise RequestError(f"deadline_s must be more than 0 seconds, not {deadline_s}")
+        row = self._row(request, method, seed, index, index, session)
+        return self._server.submit([row], method, deadline_s, listener)[0]
 
     def stream(self, requests: Sequence[Request], method: str = "flora", seed: int = 0) -> Iterator[Event]:
-        """Run requests in batches and yield each token and each completion as it comes; `index` is the place in `requests`."""
+        """Submit requests and yield each token and each completion as it comes; `index` is the place in `requests`.
+
+        They share the batch with everybody else's. A request that fails raises its error and cancels the others.
+        """
         requests = list(requests)
         if not requests:
             raise RequestError(EMPTY_BATCH)
         for request in requests:
             self._encode(request, method)  # everything is checked before anything runs
-        for batch in schedule(requests, self.max_batch_size):
-            generation = self.start(batch.items, method, seed, first_index=batch.indices[0])
-            try:
-                while not generation.done:
-                    for event in generation.step():
-                        yield replace(event, index=batch.indices[event.index])
-            finally:
-                generation.close()
+        return self._stream(requests, method, seed)
+
+    def _stream(self, requests: list[Request], method: str, seed: int) -> Iterator[Event]:
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        session, tickets, at_once = object(), {}, min(2 * self.max_batch_size, self._server.max_waiting)
+        num_submitted = 0
+        try:
+            while True:
+                # Of a long list the next ones are ready, and no more of them in everybody's way.
+                places = range(num_submitted, min(len(requests), num_submitted + at_once - len(tickets)))
+                try:
+                    rows = [self._row(requests[place], method, seed, place, place, session) for place in places]
+                    tickets |= dict(zip(places, self._server.submit(rows, method, None, events.put), strict=True))
+                    num_submitted += len(places)
+                except BusyError:
+                    if not tickets:
+                        raise
+                if not tickets:
+                    return
+                event = events.get()
+                if isinstance(event, FailEvent):
+                    raise event.error
+                if isinstance(event, FinishEvent):
+                    del tickets[event.index]
+                yield event
+        finally:
+            for ticket in tickets.values():
+                ticket.cancel()
 
     def generate(self, requests: Sequence[Request], method: str = "flora", seed: int = 0) -> list[Completion]:
         """Run requests to their end; completions in the requests' order."""
@@ -177,7 +270,70 @@ class Engine:
         for event in self.stream(requests, method, seed):
             if isinstance(event, FinishEvent):
                 completions[event.index] = event.completion
-        return [completions[index] for index in range(len(requests))]
+        return [completions[index] for index in range(len(completions))]
+
+    def snapshot(self) -> EngineSnapshot:
+        """How the engine stands at this moment; from any thread, and without waiting for a step."""
+        counts, cores = self._counts, [*self._server.cores, *self._own_batches]
+        running = [row.request.adapter for core in cores for row in core.running]
+        return EngineSnapshot(
+            time_s=time.perf_counter(),
+            waiting=self._server.num_waiting,
+            running=len(running),
+            num_arrived=counts.arrived,
+            num_finished=counts.finished,
+            num_failed=counts.failed,
+            num_cancelled=counts.cancelled,
+            num_tokens=counts.tokens,
+            num_steps=counts.steps,
+            batch=dict(Counter(running)),
+            adapter_slots=self.bank.slot_capacity,
+            adapter_slots_used=self.bank.slots_used,
+        )
+
+    # ---------------------------------------------------------------------------------------- a batch of one's own
+
+    def exclusive(self) -> TurnLock:
+        """A context in which no other forward runs on the engine's device: for steps that are timed."""
+        return self._turns
+
+    def start(self, requests: Sequence[Request], method: str = "flora", seed: int = 0, first_index: int = 0) -> Generation:
+        """Check and encode a batch that its caller steps and nobody joins; nothing is run yet.
+
+        Raises a RequestError or AdapterError before anything runs. first_index: the batch's place in a longer list; what is sampled
+        depends on the seed and on a request's place in that list.
+        """
+        if not requests:
+            raise RequestError(EMPTY_BATCH)
+        if len(requests) > self.max_batch_size:
+            raise RequestError(f"the batch has {len(requests)} requests and this engine takes {self.max_batch_size} at once")
+        rows = [
+            self._row(request, method, seed, index, first_index + index, session=None) for index, request in enumerate(requests)
+        ]
+        with self._turns:
+            self._close_abandoned()
+            try:
+                for row in rows:
+                    row.slot = self.bank.pin_now(row.request.adapter, method)
+            except FloraError:
+                for row in rows:
+                    if row.slot is not None:
+                        self.bank.unpin(row.slot)
+                raise
+            if method != "merged":
+                return _Locked(self._own_batch(rows, method), self)
+            groups = group_by_adapter([request.adapter for request in requests])
+            return _Locked(SequentialGeneration([self._own_batch([rows[i] for i in group], method) for group in groups]), self)
+
+    def _own_batch(self, rows: Sequence[Row], method: str) -> BatchGeneration:
+        # All prompts are read in the first step, as one batch: no budget.
+        core = self._make_core(method, len(rows), sum(self.runner.cost(row.encoded) for row in rows) + len(rows))
+        self._own_batches.add(core)
+        return BatchGeneration(core, rows)
+
+    def _close_abandoned(self) -> None:
+        while self._abandoned:
+            self._abandoned.popleft().close()
 
     # ------------------------------------------------------------------------------------------------- verification
 
@@ -203,16 +359,18 @@ class Engine:
             if not ids:
                 continue
             encoded = self._encode(request, method)
-            with self._lock:
+            with self._turns:
                 adapter = None if method == "base" else request.adapter
-                serving = self.bank.serving([adapter], method if quantised else "merged", family=ops.FAMILY[method])
+                reference = method if quantised else "merged"
+                slot = self.bank.pin_now(adapter, reference)
                 try:
+                    serving = self.bank.arrange([slot], reference, ops.FAMILY[method])
                     (logits,) = self.runner.score([encoded], [list(ids)], serving)  # (tokens, vocabulary)
                 finally:
-                    self.bank.release(serving)
+                    self.bank.unpin(slot)
             logits = logits.float()
             best = torch.cat(
-                [masked_logits(logits[:1], self._vocabulary, True), masked_logits(logits[1:], self._vocabulary, False)]
+                [self._vocabulary.masked(logits[:1], first=True), self._vocabulary.masked(logits[1:], first=False)]
             )
             chosen = logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]  # (tokens,)
             gap = best.max(-1).values - chosen
@@ -228,42 +386,36 @@ class Engine:
 
 
 class _Locked:
-    """A generation whose forwards take turns with those of other threads on the same engine."""
+    """A generation whose forwards take turns with all others on the device."""
 
-    def __init__(self, generation: BatchGeneration | SequentialGeneration, lock: threading.RLock) -> None:
-        self._generation, self._lock = generation, lock
+    def __init__(self, generation: BatchGeneration | SequentialGeneration, engine: Engine) -> None:
+        self._generation, self._engine = generation, engine
 
     def __getattr__(self, name: str):
         return getattr(self._generation, name)
 
     def step(self) -> list[Event]:
-        with self._lock:
+        with self._engine._turns:
             return self._generation.step()
 
     def cancel(self, index: int | None = None) -> list[Event]:
-        with self._lock:
+        with self._engine._turns:
             return self._generation.cancel(index)
 
     def close(self) -> None:
-        with self._lock:
+        with self._engine._turns:
             self._generation.close()
 
     def __del__(self) -> None:
-        self.close()
+        # Whoever drops the last reference may hold any lock: where it is not free, the batch is closed when the next one starts.
+        if self._engine._turns.take_if_free():
+            with self._engine._turns:
+                self._generation.close()
+            self._engine._turns.__exit__()
+        else:
+            self._engine._abandoned.append(self._generation)
 
 
 def _sampler(seed: int, place: int) -> torch.Generator:
     """The random numbers of the request at this place. PyTorch's generator looks at 32 bits only: both numbers are hashed first."""
     return torch.Generator().manual_seed(random.Random(f"{seed} {place}").getrandbits(32))
-
-
-def _vocabulary_of(loaded: LoadedModel) -> Vocabulary:
-    generation = loaded.model.generation_config
-    stop = generation.eos_token_id if generation.eos_token_id is not None else loaded.tokenizer.eos_token_id
-    stops = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
-    return Vocabulary(
-        stop_ids=frozenset(stops),
-        suppressed=tuple(getattr(generation, "suppress_tokens", None) or ()),
-        suppressed_at_begin=tuple(getattr(generation, "begin_suppress_tokens", None) or ()),
-        decode=partial(loaded.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-    )

@@ -1,6 +1,7 @@
 """The model's forward: requests → prompts, prompts and tokens → logits. One runner per kind of model, one interface.
 
-A runner knows the model's inputs and nothing of adapters beyond putting the batch's `BatchServing` on the bank for the forward.
+A runner knows the model's inputs and the cache's rows, and nothing of adapters beyond putting the batch's `BatchServing` on the
+bank for the forward.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ import numpy as np
 import soxr
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from flora.bank import AdapterBank, BatchServing
-from flora.engine.cache import RowCache, prompt_mask, token_mask
+from flora.engine.cache import RowCache, SpeechCache, prompt_mask, token_mask
 from flora.engine.request import Request
 from flora.errors import AudioError, ModelError, RequestError
 from flora.models import LoadedModel
@@ -35,38 +35,44 @@ class EncodedRequest:
     features: Tensor | None = None
 
 
-@dataclass
-class State:
-    """What a batch carries from one forward to the next."""
+@dataclass(frozen=True)
+class PromptPiece:
+    """Tokens start … start + length - 1 of a prompt; all of it, where the model reads prompts whole."""
 
-    cache: Any
-    encoder_states: Tensor | None = None  # (n, frames, d)
+    encoded: EncodedRequest
+    start: int
+    length: int
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows (n_kept,) int64."""
-        if isinstance(self.cache, EncoderDecoderCache):
-            self.cache.self_attention_cache.select(rows)
-            for layer in self.cache.cross_attention_cache.layers:
-                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-            self.encoder_states = self.encoder_states[rows]
-        else:
-            self.cache.select(rows)
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.encoded.prompt_ids[self.start : self.start + self.length]
 
 
 class Runner(Protocol):
-    """What `Generation` needs of a model."""
+    """What the engine needs of a model."""
 
     device: torch.device
     context_length: int
+    reads_pieces: bool  # a prompt may be read piece by piece
 
     def encode(self, request: Request) -> EncodedRequest:
         """Turn a request into the model's inputs; raises a RequestError for one that cannot be served."""
 
-    def prefill(self, encoded: Sequence[EncodedRequest], serving: BatchServing, capacity: int) -> tuple[Tensor, State, list[int]]:
-        """Logits (n, vocabulary) after each prompt, the state to go on with, and the length of each row's prompt."""
+    def cost(self, encoded: EncodedRequest) -> int:
+        """Positions that the model computes to read the prompt, the encoder's among them."""
 
-    def decode(self, tokens: Tensor, positions: Tensor, width: int, state: State, serving: BatchServing) -> Tensor:
-        """Logits (n, vocabulary) after one more token per row. tokens, positions (n,) int64; width: largest position plus one."""
+    def new_cache(self, max_rows: int) -> RowCache | SpeechCache:
+        """An empty cache for up to `max_rows` running requests; memory is taken as it is reserved."""
+
+    def prefill(
+        self, pieces: Sequence[PromptPiece], cache: RowCache | SpeechCache, first_row: int, serving: BatchServing
+    ) -> Tensor:
+        """Read a piece of a prompt into each row from `first_row` on; the logits (n, vocabulary) after each piece's last token."""
+
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], cache: RowCache | SpeechCache, first_row: int, serving: BatchServing
+    ) -> Tensor:
+        """Read one more token into each row from `first_row` on, at its position; the logits (n, vocabulary) after it."""
 
     def score(
         self, encoded: Sequence[EncodedRequest], continuations: Sequence[Sequence[int]], serving: BatchServing
@@ -91,6 +97,8 @@ def _sliding_window(config: Any) -> int | None:
 
 class CodeRunner:
     """Decoder-only language models: GPTBigCode, Llama, and others that take a 4-D mask and position_ids."""
+
+    reads_pieces = True
 
     def __init__(self, loaded: LoadedModel, bank: AdapterBank) -> None:
         self.model, self.tokenizer, self.bank = loaded.model, loaded.tokenizer, bank
@@ -119,32 +127,42 @@ class CodeRunner:
             )
         return EncodedRequest(tuple(ids))
 
-    def prefill(self, encoded: Sequence[EncodedRequest], serving: BatchServing, capacity: int) -> tuple[Tensor, State, list[int]]:
-        lengths = [len(row.prompt_ids) for row in encoded]
-        ids = _right_padded([row.prompt_ids for row in encoded], self.device)  # (n, l)
-        state = State(RowCache(self.num_layers, capacity))
-        state.cache.positions.begin_prompt(ids.shape[1])
-        last = torch.tensor(lengths, device=self.device) - 1  # (n,)
+    def cost(self, encoded: EncodedRequest) -> int:
+        return len(encoded.prompt_ids)
+
+    def new_cache(self, max_rows: int) -> RowCache:
+        return RowCache(self.num_layers, max_rows, self.context_length)
+
+    def prefill(self, pieces: Sequence[PromptPiece], cache: RowCache, first_row: int, serving: BatchServing) -> Tensor:
+        ids = _right_padded([piece.ids for piece in pieces], self.device)  # (n, l)
+        starts = [piece.start for piece in pieces]
+        cache.begin_prompts(first_row, starts, [piece.length for piece in pieces], self.device)
+        positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(ids.shape[1], device=self.device)  # (n, l)
+        last = torch.tensor([piece.length for piece in pieces], device=self.device) - 1  # (n,)
         kept, place = last.unique(return_inverse=True)
         with self.bank.serve(serving):
             output = self.model(
                 input_ids=ids,
-                attention_mask=prompt_mask(ids.shape[1], self.device),
-                position_ids=torch.arange(ids.shape[1], device=self.device).expand_as(ids),
-                past_key_values=state.cache,
+                attention_mask=prompt_mask(starts, ids.shape[1], cache.window.width, self.device),
+                position_ids=positions.clamp_max(self.context_length - 1),  # padding may stand behind the context's end
+                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=kept,
             )
-        return output.logits[torch.arange(len(encoded), device=self.device), place], state, lengths
+        return output.logits[torch.arange(len(pieces), device=self.device), place]
 
-    def decode(self, tokens: Tensor, positions: Tensor, width: int, state: State, serving: BatchServing) -> Tensor:
-        state.cache.positions.begin_token(positions, width)
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], cache: RowCache, first_row: int, serving: BatchServing
+    ) -> Tensor:
+        ids, places = torch.tensor((tokens, positions), device=self.device)  # (n,), (n,)
+        width = max(positions) + 1
+        cache.begin_tokens(first_row, places, width)
         with self.bank.serve(serving):
             output = self.model(
-                input_ids=tokens[:, None],
-                attention_mask=token_mask(positions, width),
-                position_ids=positions[:, None],
-                past_key_values=state.cache,
+                input_ids=ids[:, None],
+                attention_mask=token_mask(places, width),
+                position_ids=places[:, None],
+                past_key_values=cache,
                 use_cache=True,
             )
         return output.logits[:, 0]
@@ -156,7 +174,7 @@ class CodeRunner:
         with self.bank.serve(serving):
             logits = self.model(
                 input_ids=ids,
-                attention_mask=prompt_mask(ids.shape[1], self.device),
+                attention_mask=prompt_mask((0,), ids.shape[1], ids.shape[1], self.device),
                 position_ids=torch.arange(ids.shape[1], device=self.device).expand_as(ids),
                 use_cache=False,
             ).logits
@@ -167,13 +185,15 @@ class CodeRunner:
 class SpeechRunner:
     """Whisper: a clip through the encoder once, then its decoder token by token, from the model's own start tokens."""
 
+    reads_pieces = False
+
     def __init__(self, loaded: LoadedModel, bank: AdapterBank) -> None:
         self.model, self.bank = loaded.model, bank
         self.device, self.dtype = loaded.model.device, loaded.model.dtype
         self.extractor = loaded.processor.feature_extractor
         config = loaded.model.config
         self.context_length = config.max_target_positions
-        self.num_layers = config.decoder_layers
+        self.num_layers, self.num_frames, self.width = config.decoder_layers, config.max_source_positions, config.d_model
         self.window_s = config.max_source_positions * 2 * self.extractor.hop_length / self.extractor.sampling_rate
         self._start = _StartTokens(loaded.model.generation_config, config)
 
@@ -201,7 +221,8 @@ class SpeechRunner:
         ids = torch.tensor([self._start.known] * n, device=self.device)
         if not self._start.language_ids:
             return ids
-        logits = self._decoder(ids[:, :1], states, prompt_mask(1, self.device), None, None)[:, -1]  # (n, vocabulary)
+        mask = prompt_mask((0,), 1, 1, self.device)
+        logits = self._decoder(ids[:, :1], states, mask, None, None)[:, -1]  # (n, vocabulary)
         languages = torch.tensor(self._start.language_ids, device=self.device)
         ids[:, 1] = languages[logits[:, languages].argmax(-1)]
         return ids
@@ -218,21 +239,30 @@ class SpeechRunner:
             use_cache=cache is not None,
         ).logits
 
-    def prefill(self, encoded: Sequence[EncodedRequest], serving: BatchServing, capacity: int) -> tuple[Tensor, State, list[int]]:
-        with self.bank.serve(serving):
-            states = self._encoder_states(encoded)
-            ids = self._start_ids(states)
-            own = RowCache(self.num_layers, capacity)
-            own.positions.begin_prompt(ids.shape[1])
-            cache = EncoderDecoderCache(own, DynamicCache())
-            logits = self._decoder(ids, states, prompt_mask(ids.shape[1], self.device), None, cache)
-        return logits[:, -1], State(cache, states), [ids.shape[1]] * len(encoded)
+    def cost(self, encoded: EncodedRequest) -> int:
+        return self.num_frames + len(encoded.prompt_ids)
 
-    def decode(self, tokens: Tensor, positions: Tensor, width: int, state: State, serving: BatchServing) -> Tensor:
-        state.cache.self_attention_cache.positions.begin_token(positions, width)
+    def new_cache(self, max_rows: int) -> SpeechCache:
+        return SpeechCache(self.num_layers, max_rows, self.context_length)
+
+    def prefill(self, pieces: Sequence[PromptPiece], cache: SpeechCache, first_row: int, serving: BatchServing) -> Tensor:
         with self.bank.serve(serving):
-            mask = token_mask(positions, width)
-            return self._decoder(tokens[:, None], state.encoder_states, mask, positions[:, None], state.cache)[:, 0]
+            states = self._encoder_states([piece.encoded for piece in pieces])
+            ids = self._start_ids(states)  # (n, l), as many for every clip
+            n, length = ids.shape
+            cache.begin_prompts(first_row, [0] * n, [length] * n, self.device)
+            return self._decoder(ids, states, prompt_mask((0,), length, length, self.device), None, cache)[:, -1]
+
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], cache: SpeechCache, first_row: int, serving: BatchServing
+    ) -> Tensor:
+        ids, places = torch.tensor((tokens, positions), device=self.device)  # (n,), (n,)
+        width = max(positions) + 1
+        cache.begin_tokens(first_row, places, width)
+        # What the encoder heard is in the cache: the decoder asks for its states and does not look at them.
+        states = torch.empty(len(tokens), 0, self.width, device=self.device, dtype=self.dtype)
+        with self.bank.serve(serving):
+            return self._decoder(ids[:, None], states, token_mask(places, width), places[:, None], cache)[:, 0]
 
     def score(
         self, encoded: Sequence[EncodedRequest], continuations: Sequence[Sequence[int]], serving: BatchServing
@@ -242,7 +272,8 @@ class SpeechRunner:
             start = self._start_ids(states)
             new = _right_padded([tuple(ids) or (0,) for ids in continuations], self.device)
             ids = torch.cat([start, new], dim=1)
-            logits = self._decoder(ids, states, prompt_mask(ids.shape[1], self.device), None, None)
+            mask = prompt_mask((0,), ids.shape[1], ids.shape[1], self.device)
+            logits = self._decoder(ids, states, mask, None, None)
         first = start.shape[1] - 1
         return [logits[i, first : first + len(ids)] for i, ids in enumerate(continuations)]
 

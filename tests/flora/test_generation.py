@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flora import Engine, Request
-from flora.engine import FinishEvent, TokenEvent, generation
-from flora.engine.runner import EncodedRequest, State
+from flora.engine import FinishEvent, TokenEvent, core, generation, server
+from flora.engine.runner import EncodedRequest
+from flora.errors import ServingError
 
 STOP = 0
 PROMPTS = ("def a(", "x = [", "while", "a longer prompt than the others")
@@ -25,7 +26,7 @@ LENGTHS = (4, 11, 7, 9)
 
 def batch(**options) -> list[Request]:
     return [
-        Request(prompt, adapter=tag, max_new_tokens=length, **{"ignore_eos": True, **options})
+        Request(prompt, adapter=tag, **{"max_new_tokens": length, "ignore_eos": True, **options})
         for prompt, tag, length in zip(PROMPTS, TAGS, LENGTHS, strict=True)
     ]
 
@@ -41,17 +42,25 @@ def tokens_of(running) -> list[list[int]]:
     return [completion.token_ids for completion in running.completions]
 
 
+def assert_nothing_pinned(engine: Engine) -> None:
+    """Every slot can be had: as many adapters as there are slots find one."""
+    assert not engine.bank._users
+
+
 # ---------------------------------------------------------------------------------------------- a model that is a script
 
 
 class ScriptedCache:
-    """Which row stands where, and nothing else."""
+    """Which script stands in which row, and nothing else."""
 
-    def __init__(self, rows: list[int]) -> None:
-        self.rows = rows
+    def __init__(self) -> None:
+        self.scripts: dict[int, int] = {}
 
-    def select(self, places: torch.Tensor) -> None:
-        self.rows = [self.rows[place] for place in places.tolist()]
+    def reserve(self, num_rows: int, num_positions: int) -> None:
+        pass
+
+    def move(self, source: int, target: int, length: int) -> None:
+        self.scripts[target] = self.scripts[source]
 
 
 class ScriptedRunner:
@@ -59,12 +68,19 @@ class ScriptedRunner:
 
     device = torch.device("cpu")
     context_length = 500
+    reads_pieces = True
 
     def __init__(self, scripts: Sequence[Sequence[int]], clock=None, seconds: Sequence[float] = ()) -> None:
         self.scripts, self.clock, self.seconds = scripts, clock, list(seconds)
 
     def encode(self, request: Request) -> EncodedRequest:
         return EncodedRequest((int(request.prompt),))
+
+    def cost(self, encoded: EncodedRequest) -> int:
+        return 1
+
+    def new_cache(self, max_rows: int) -> ScriptedCache:
+        return ScriptedCache()
 
     def _logits(self, rows: list[int], places: list[int]) -> torch.Tensor:
         if self.clock:
@@ -75,12 +91,13 @@ class ScriptedRunner:
             logits[position, script[place] if place < len(script) else STOP] = 9.0
         return logits
 
-    def prefill(self, encoded, serving, capacity):
-        rows = [row.prompt_ids[0] for row in encoded]
-        return self._logits(rows, [0] * len(rows)), State(ScriptedCache(rows)), [1] * len(rows)
+    def prefill(self, pieces, cache, first_row, serving):
+        rows = [piece.encoded.prompt_ids[0] for piece in pieces]
+        cache.scripts |= {first_row + place: row for place, row in enumerate(rows)}
+        return self._logits(rows, [0] * len(rows))
 
-    def decode(self, tokens, positions, width, state, serving):
-        return self._logits(state.cache.rows, positions.tolist())
+    def decode(self, tokens, positions, cache, first_row, serving):
+        return self._logits([cache.scripts[first_row + place] for place in range(len(tokens))], positions)
 
 
 @pytest.fixture
@@ -142,7 +159,7 @@ def test_streaming_hands_out_tokens_as_they_come(tiny_engines):
     stream = engine.stream(batch())
     event = next(stream)
     assert isinstance(event, TokenEvent) and event.num_new_tokens == 1
-    assert engine.bank._users, "the batch is over"
+    assert engine.snapshot().running == 4, "the batch is over"
     stream.close()
 
 
@@ -241,7 +258,7 @@ def test_cancelling_a_row_leaves_the_others_as_they_are(tiny_engines, method, st
     assert all(event.index != 1 for event in later), "a cancelled row goes on"
     assert [row for place, row in enumerate(tokens_of(running)) if place != 1] == [expected[0], expected[2], expected[3]]
     assert [completion.finish_reason for completion in running.completions] == ["length", "cancelled", "length", "length"]
-    assert not engine.bank._users
+    assert_nothing_pinned(engine)
 
 
 @pytest.mark.parametrize("method", ["flora", "merged"])
@@ -258,7 +275,7 @@ def test_cancelling_all_ends_the_batch_and_gives_its_slots_back(tiny_engines, me
     for completion, tokens, length in zip(running.completions, expected, LENGTHS, strict=True):
         assert completion.token_ids == tokens[:steps]
         assert completion.finish_reason == ("cancelled" if length > steps else "length")
-    assert not engine.bank._users
+    assert_nothing_pinned(engine)
 
 
 def test_phase_of_a_merged_batch_whose_first_group_is_cancelled(tiny_engines):
@@ -274,49 +291,50 @@ def test_phase_of_a_merged_batch_whose_first_group_is_cancelled(tiny_engines):
 def test_a_batch_given_up_gives_its_slots_back(checkpoints, how, monkeypatch):
     engine = checkpoints["code"].engine()
     if how == "stream closed":
-        stream = engine.stream(batch())
+        stream = engine.stream(batch(max_new_tokens=40))
         next(stream)
-        assert engine.bank._users
+        assert engine.snapshot().running
         stream.close()
+        engine.close()  # waits for the engine's thread
     elif how == "forward fails":
         monkeypatch.setattr(engine.runner, "decode", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ServingError, match=r"the model failed on this request with adapter 'aa' \(ZeroDivisionError\)"):
             engine.generate(batch())
+        engine.close()
     else:
         running = engine.start(batch())
         running.step()
-        assert engine.bank._users
+        assert engine.snapshot().batch == {"aa": 1, "bb": 1, "cc": 1, None: 1}
         if how == "generation closed":
             running.close()
             running.close()  # a second time does nothing
         else:
             del running
             gc.collect()
-    assert not engine.bank._users
-    engine.remove_adapter("aa")
-    assert engine.bank._free, "the slot is still held"
+    assert engine.snapshot().running == 0
+    assert_nothing_pinned(engine)
 
 
 def test_a_refused_request_pins_nothing(tiny_engines):
     engine = tiny_engines["code"]
     with pytest.raises(ValueError, match="unknown adapter"):
         engine.start([*batch(), Request("x", adapter="zz")])
-    assert not engine.bank._users
+    assert_nothing_pinned(engine)
 
 
 def test_finished_rows_are_dropped_from_the_forward(checkpoints, monkeypatch):
-    """Once half of a batch is done, only the rest is computed."""
+    """Only rows that still run are computed, over no more positions than they have."""
     engine = checkpoints["code"].engine()
-    widths, decode = [], engine.runner.decode
+    shapes, decode = [], engine.runner.decode
 
-    def watched(tokens, positions, width, state, serving):
-        widths.append((tokens.shape[0], width))
-        return decode(tokens, positions, width, state, serving)
+    def watched(tokens, positions, cache, first_row, serving):
+        shapes.append((len(tokens), max(positions) + 1))
+        return decode(tokens, positions, cache, first_row, serving)
 
     monkeypatch.setattr(engine.runner, "decode", watched)
     short, long = Request("a" * 40, max_new_tokens=2, ignore_eos=True), Request("b", max_new_tokens=6, ignore_eos=True)
     (_, alone) = engine.generate([short, long])
-    assert widths == [(2, 41), (1, 3), (1, 4), (1, 5), (1, 6)], "(rows, positions attended to) of each decode forward"
+    assert shapes == [(2, 41), (1, 3), (1, 4), (1, 5), (1, 6)], "(rows, positions attended to) of each decode forward"
     assert alone.token_ids == engine.generate([long])[0].token_ids
 
 
@@ -333,7 +351,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(generation, "time", clock)
+    for module in (core, generation, server):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flora import AdapterError, Engine, ModelError, Request
+from flora.engine.runner import PromptPiece
 from flora.models import KNOWN_MODELS, choose_dtype, load_model
 
 WEIGHTS = "model.safetensors"
@@ -288,7 +289,10 @@ def first_logits(engine: Engine, method: str) -> torch.Tensor:
     encoded = [engine.runner.encode(request) for request in QUANTISED_BATCH]
     serving = engine.bank.serving([request.adapter for request in QUANTISED_BATCH], method)
     with torch.inference_mode():
-        logits, _, _ = engine.runner.prefill(encoded, serving, 32)
+        cache = engine.runner.new_cache(max_rows=2)
+        cache.reserve(2, 32)
+        pieces = [PromptPiece(row, 0, len(row.prompt_ids)) for row in encoded]
+        logits = engine.runner.prefill(pieces, cache, 0, serving)
     engine.bank.release(serving)
     return logits
 

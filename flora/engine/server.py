@@ -1,0 +1,290 @@
+"""The thread that owns the device: any number of callers submit requests to it, and they run together."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from flora.bank import AdapterBank
+from flora.engine.core import Core, RequestTimes, Row, Told
+from flora.engine.device import TurnLock
+from flora.engine.request import Completion, Event, FailEvent, FinishEvent, Request, TokenEvent
+from flora.errors import BusyError, DeadlineError, FloraError, ServingError
+
+logger = logging.getLogger(__name__)
+
+Listener = Callable[[Event], None]
+
+WAIT_FOR_ADAPTERS_S = 0.05
+"""How long the thread sleeps at most when no request can run before an adapter has been read."""
+
+
+class Ticket:
+    """A submitted request: iterate over its events as they come, wait for its `result`, or `cancel` it.
+
+    Its events are handed out once: to the listener, or to whoever iterates.
+    """
+
+    def __init__(self, server: Server, row: Row, method: str, listener: Listener | None) -> None:
+        self._server, self._row, self._listener = server, row, listener
+        self.method = method
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._done = threading.Event()
+
+    @property
+    def request(self) -> Request:
+        return self._row.request
+
+    @property
+    def times(self) -> RequestTimes:
+        return self._row.times
+
+    @property
+    def completion(self) -> Completion | None:
+        """Once it is done, unless it failed."""
+        return self._row.completion
+
+    @property
+    def error(self) -> FloraError | None:
+        """What it failed by."""
+        return self._row.error
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The new tokens so far."""
+        return list(self._row.token_ids)
+
+    @property
+    def chosen_logits(self) -> list[float]:
+        """The logit that each new token was chosen by."""
+        return list(self._row.chosen_logits)
+
+    @property
+    def state(self) -> str:
+        """ "waiting", "running" or "done"."""
+        if self._row.done:
+            return "done"
+        return "waiting" if self._row.times.admitted_s is None else "running"
+
+    def __iter__(self) -> Iterator[TokenEvent | FinishEvent]:
+        """Its events up to the FinishEvent; raises the error it failed with. To leave before the end cancels it."""
+        try:
+            while True:
+                event = self._events.get()
+                if isinstance(event, FailEvent):
+                    raise event.error
+                yield event
+                if isinstance(event, FinishEvent):
+                    return
+        finally:
+            self.cancel()
+
+    def result(self, timeout_s: float | None = None) -> Completion:
+        """Wait for its end. Raises the error it failed with; TimeoutError where it is not done in time, and goes on."""
+        if not self._done.wait(timeout_s):
+            raise TimeoutError(f"the request is not done after {timeout_s:g} s")
+        if self._row.error is not None:
+            raise self._row.error
+        return self._row.completion
+
+    def cancel(self) -> None:
+        """End it as "cancelled" with the tokens it has, at the next step; nothing where it is done."""
+        if not self._row.done:
+            self._server.cancel(self)
+
+    def _tell(self, event: Event) -> None:
+        if self._listener is None:
+            self._events.put(event)
+        else:
+            try:
+                self._listener(event)
+            except Exception:  # a listener's fault must not stop the others' requests
+                logger.exception("a listener failed")
+        if not isinstance(event, TokenEvent):
+            self._done.set()
+
+
+class Server:
+    """Runs the submitted requests, method by method in turn, on a thread of its own that begins with the first of them.
+
+    make_core: method → an empty Core. max_waiting: requests that may stand in line.
+    """
+
+    def __init__(
+        self, make_core: Callable[[str], Core], bank: AdapterBank, turns: TurnLock, max_waiting: int
+    ) -> None:
+        self._make_core, self._bank, self._turns, self.max_waiting = make_core, bank, turns, max_waiting
+        self._news = threading.Condition()
+        self._arrived: deque[Ticket] = deque()
+        self._cancelled: deque[Ticket] = deque()
+        self._closing_s: float | None = None  # when what still runs will be ended
+        self._thread: threading.Thread | None = None
+        self._process = os.getpid()
+        # What follows belongs to the thread.
+        self._cores: dict[str, Core] = {}
+        self._tickets: dict[Row, Ticket] = {}
+        self._deadlines: list[tuple[float, int, Ticket]] = []
+        self._order = itertools.count()
+
+    # ----------------------------------------------------------------------------------------------------- any thread
+
+    def submit(self, rows: Sequence[Row], method: str, deadline_s: float | None, listener: Listener | None) -> list[Ticket]:
+        """Put requests in line together. BusyError where too many stand there already, or the engine is shutting down."""
+        tickets = [Ticket(self, row, method, listener) for row in rows]
+        now = time.perf_counter()
+        with self._news:
+            if self._closing_s is not None:
+                raise BusyError("the engine is shutting down: it takes no more requests")
+            if (num_waiting := self.num_waiting) + len(tickets) > self.max_waiting:
+                raise BusyError(f"the engine is busy, {num_waiting} requests wait already: try again in a moment")
+            self._start_thread()
+            for ticket in tickets:
+                ticket.times.arrival_s = now
+                self._arrived.append(ticket)
+                if deadline_s is not None:
+                    heapq.heappush(self._deadlines, (now + deadline_s, next(self._order), ticket))
+            self._news.notify()
+        self._bank.prefetch([row.request.adapter for row in rows if row.request.adapter is not None])
+        return tickets
+
+    def cancel(self, ticket: Ticket) -> None:
+        with self._news:
+            self._cancelled.append(ticket)
+            self._news.notify()
+
+    def close(self, timeout_s: float) -> None:
+        """Take no more requests; what runs may finish for `timeout_s`, then it fails by name. Waits for the thread."""
+        with self._news:
+            until = time.perf_counter() + timeout_s
+            self._closing_s = until if self._closing_s is None else min(self._closing_s, until)
+            self._news.notify()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    @property
+    def cores(self) -> list[Core]:
+        """Those that have had requests lately."""
+        return list(self._cores.values())
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that stand in line."""
+        return len(self._arrived) + sum(core.scheduler.num_waiting for core in self.cores)
+
+    def _start_thread(self) -> None:
+        if self._process != os.getpid():  # a forked worker has neither the parent's thread nor its requests
+            self._process, self._thread = os.getpid(), None
+            self._arrived.clear()
+            self._cancelled.clear()
+            self._deadlines.clear()
+            self._cores, self._tickets = {}, {}
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="flora-engine", daemon=True)
+            self._thread.start()
+
+    # ------------------------------------------------------------------------------------------------------ its thread
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        going_on = True
+        while going_on:
+            try:
+                going_on = self._round()
+            except Exception as error:  # a fault of the engine's own: its requests end by name, and it begins afresh
+                logger.exception("the engine's thread failed")
+                with self._turns:
+                    told = [told for method in list(self._cores) for told in self._abandon(method, error)]
+                self._tell(told)
+
+    def _round(self) -> bool:
+        """Take in what has come, end what has to end, and run a step; False once all is done and the engine is closing."""
+        with self._news:
+            while not (self._arrived or self._cancelled or self._tickets or self._closing_s is not None):
+                self._news.wait()
+            arrived, cancelled = list(self._arrived), list(self._cancelled)
+            self._arrived.clear()
+            self._cancelled.clear()
+            overdue = self._overdue()
+            closing_s = self._closing_s
+        with self._turns:
+            self._take_in(arrived)
+            self._end(cancelled, overdue, closing_s)
+        if self._tickets and not self._step():
+            self._bank.wait_until_ready(WAIT_FOR_ADAPTERS_S)
+        return bool(self._tickets) or closing_s is None
+
+    def _overdue(self) -> list[Ticket]:
+        now, overdue = time.perf_counter(), []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            overdue.append(heapq.heappop(self._deadlines)[2])
+        return overdue
+
+    def _take_in(self, arrived: list[Ticket]) -> None:
+        for ticket in arrived:
+            if ticket.method not in self._cores:
+                self._cores[ticket.method] = self._make_core(ticket.method)
+            self._tickets[ticket._row] = ticket
+            self._cores[ticket.method].add(ticket._row)
+
+    def _end(self, cancelled: list[Ticket], overdue: list[Ticket], closing_s: float | None) -> None:
+        """End requests before their time: those that were cancelled, those whose deadline has passed, or all at the end."""
+        for ticket in cancelled:
+            if ticket._row in self._tickets:
+                self._tell(self._cores[ticket.method].cancel(ticket._row))
+        for ticket in overdue:
+            if ticket._row in self._tickets:
+                taken, num_tokens = time.perf_counter() - ticket.times.arrival_s, len(ticket._row.token_ids)
+                error = DeadlineError(f"the request had {num_tokens} tokens after {taken:.1f} s, its deadline: allow it more time")
+                self._tell(self._cores[ticket.method].fail(ticket._row, error))
+        if closing_s is not None and time.perf_counter() >= closing_s:
+            for row, ticket in list(self._tickets.items()):
+                error = ServingError("the engine was shut down before the request was done: send it again later")
+                self._tell(self._cores[ticket.method].fail(row, error))
+
+    def _step(self) -> bool:
+        """One step of each core that has requests, one after another; False where none could run."""
+        moved = False
+        for method, core in list(self._cores.items()):
+            if not core.busy:
+                continue
+            with self._turns:
+                try:
+                    told = core.step()
+                except Exception as error:  # a fault of the engine's own: its requests end by name, and it begins afresh
+                    logger.exception("a step of the engine failed")
+                    told = [*core.told, *self._abandon(method, error)]
+            moved = moved or bool(told) or bool(core.scheduler.num_running)
+            self._tell(told)
+        if not self._tickets:
+            self._cores.clear()  # and with them their caches
+        return moved
+
+    def _abandon(self, method: str, error: Exception) -> list[Told]:
+        """Drop a core that is in disorder and fail its requests."""
+        del self._cores[method]
+        told: list[Told] = []
+        sentence = f"the engine failed while the request ran ({type(error).__name__}): send it again"
+        for row, ticket in self._tickets.items():
+            if ticket.method == method and not row.done:
+                row.error = ServingError(sentence)
+                told.append((row, FailEvent(row.index, row.error)))
+            if ticket.method == method and row.slot is not None:
+                self._bank.unpin(row.slot)
+                row.slot = None
+        return told
+
+    def _tell(self, told: list[Told]) -> None:
+        for row, event in told:
+            self._tickets[row]._tell(event)
+            if not isinstance(event, TokenEvent):
+                del self._tickets[row]
