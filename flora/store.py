@@ -172,7 +172,6 @@ class AdapterStore:
         self.bytes_used = 0
         self.dtype, self.pin_memory = dtype, pin_memory
         self._droppable: OrderedDict[StoredAdapter, None] = OrderedDict()  # in host memory, least recently used first
-        self._kept_bytes = 0  # of those in host memory that are never dropped
         self._unused: set[StoredAdapter] = set()  # read in the background and not used since
         self._wanted: dict[StoredAdapter, None] = {}  # to be read, in this order: somebody waits
         self._ahead: dict[StoredAdapter, None] = {}  # to be read after those, as far as there is room
@@ -194,9 +193,7 @@ class AdapterStore:
         """Take in a version with its packed adapter, as the most recently used."""
         with self.lock:
             self.bytes_used += stored.size_bytes
-            if stored.reload is None:
-                self._kept_bytes += stored.size_bytes
-            else:
+            if stored.reload is not None:
                 self._droppable[stored] = None
             while self.bytes_used > self.capacity_bytes:
                 oldest = next(iter(self._droppable), stored)
@@ -208,10 +205,7 @@ class AdapterStore:
         stored.packed = None
         self.bytes_used -= stored.size_bytes
         self._unused.discard(stored)
-        if stored.reload is None:
-            self._kept_bytes -= stored.size_bytes
-        else:
-            del self._droppable[stored]
+        self._droppable.pop(stored, None)
 
     def use(self, stored: StoredAdapter) -> PackedAdapter | None:
         """The packed adapter, now the most recently used; None where it is not in host memory."""
@@ -235,7 +229,7 @@ class AdapterStore:
     def ask(self, stored: StoredAdapter, ahead: bool = False) -> None:
         """Have a version that is not in host memory read in the background; returns at once.
 
-        ahead: nobody waits for it yet. It is read after all that somebody waits for, and only where that drops nothing that was
+        ahead: nobody waits for it yet. It is read after all that somebody waits for, and only where that does not drop what was
         read in the background and not used yet; why it failed is not kept. After `close`, AdapterError, or nothing if ahead.
         """
         with self._changed:
@@ -356,8 +350,12 @@ class AdapterStore:
             return stored
         stored = next(iter(self._ahead))
         del self._ahead[stored]
-        occupied = self._kept_bytes + sum(unused.size_bytes for unused in self._unused)
-        return stored if occupied + stored.size_bytes <= self.capacity_bytes else None
+        room = self.capacity_bytes - self.bytes_used
+        for oldest in self._droppable:
+            if room >= stored.size_bytes or oldest in self._unused:
+                break
+            room += oldest.size_bytes
+        return stored if room >= stored.size_bytes else None
 
     def _after_fork(self) -> None:
         """In the child, where the reader's thread does not exist: what it was asked for is asked for again by whoever needs it."""
