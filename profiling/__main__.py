@@ -1,4 +1,4 @@
-"""The measuring command line: `python -m profiling compare|forms|targets …`."""
+"""The measuring command line: `python -m profiling compare|load|forms|targets …`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import NoReturn
 
 COMMANDS = {
     "compare": "profiling.compare_command",
+    "load": "profiling.load_command",
     "forms": "profiling.forms",
     "targets": "profiling.dashboard.targets",
 }
@@ -39,28 +40,124 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="take part with the bare base model too: each decode step relative to its step",
     )
-    for kind in ("code", "speech"):
-        compare.add_argument(f"--{kind}-model", metavar="MODEL", help=f"folder or hub id; default: the embedded {kind} model")
-        compare.add_argument(
-            f"--{kind}-adapters",
-            nargs="+",
-            metavar="TAG=FOLDER",
-            help="a tag may be given twice, once per family; default: the adapters that ship",
-        )
+    _add_models(compare)
     compare.add_argument("--batch", metavar="FILE", help="JSON or JSONL rows {prompt or audio, adapter, max_new_tokens}")
     compare.add_argument("--row", action="append", metavar="JSON", help="one such row; may be given many times")
     compare.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="for rows that do not say; default: 48")
     compare.add_argument("--warmup", type=int, default=5, metavar="STEPS", help="decode steps before the clocks start; default: 5")
     compare.add_argument("--repeats", type=int, default=1, metavar="N", help="generate the batch so often; default: 1")
     compare.add_argument("--seed", type=int, default=0, metavar="N")
-    compare.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads; default: torch's own choice")
-    compare.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; default: auto")
-    compare.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16; default: auto")
+    _add_machine(compare)
     compare.add_argument("--json", metavar="FILE", help="write a JSONL row per method and kind")
     compare.add_argument("--report", metavar="FILE", help="write a report; the suffix says which: .html, .md or .csv")
+    _add_load(commands)
     _add_forms(commands)
     _add_targets(commands)
     return parser
+
+
+def _add_models(command: argparse.ArgumentParser) -> None:
+    """Which models and adapters."""
+    for kind in ("code", "speech"):
+        command.add_argument(f"--{kind}-model", metavar="MODEL", help=f"folder or hub id; default: the embedded {kind} model")
+        command.add_argument(
+            f"--{kind}-adapters",
+            nargs="+",
+            metavar="TAG=FOLDER",
+            help="a tag may be given twice, once per family; default: the adapters that ship",
+        )
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    """Where and how it computes."""
+    command.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads; default: torch's own choice")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; default: auto")
+    command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16; default: auto")
+
+
+def _add_load(commands: argparse._SubParsersAction) -> None:
+    load = commands.add_parser(
+        "load",
+        help="an engine under load: requests arrive at a rate, each method is given the same",
+        description="Send requests to the engine as clients would, give every method the same ones at the same times, one method "
+        "after the other, and print latencies, throughput and queue. Without options: 200 of the corpus' held-out prompts at "
+        "the paper's 8 requests a second.",
+    )
+    load.add_argument("--methods", nargs="+", default=["flora", "bmm-lora"], metavar="METHOD", help="default: flora bmm-lora")
+    _add_models(load)
+    arrivals = load.add_argument_group("arrivals")
+    arrivals.add_argument("--rate", type=float, metavar="N", help="requests a second, inf: all at once; default: 8")
+    arrivals.add_argument(
+        "--burstiness",
+        type=float,
+        default=1.0,
+        metavar="SHAPE",
+        help="of the gamma distribution of the times between arrivals, as in vLLM's bench serve; 1 is a Poisson process, "
+        "less comes in bursts; default: 1",
+    )
+    arrivals.add_argument("--concurrency", type=int, metavar="N", help="instead of a rate: N requests at a time, a closed loop")
+    arrivals.add_argument("--requests", type=int, metavar="N", help="of each run; default: 200")
+    arrivals.add_argument("--duration", type=float, metavar="SECONDS", help="of each run, instead of a number of requests")
+    asked = load.add_argument_group("what is asked")
+    asked.add_argument(
+        "--prompt-tokens",
+        default="given",
+        metavar="LENGTHS",
+        help="given (as they are), N, uniform:FEWEST-MOST, normal:MEAN,STD or lognormal:MEAN,STD; default: given",
+    )
+    asked.add_argument(
+        "--new-tokens",
+        default="uniform:16-64",
+        metavar="LENGTHS",
+        help="the same; given: as many as the known answer has, or a row's max_new_tokens; default: uniform:16-64",
+    )
+    asked.add_argument("--prompts", metavar="FILE", help="JSON or JSONL rows {prompt or audio, max_new_tokens} to ask instead")
+    asked.add_argument("--mix", default="code", metavar="SHARES", help="such as code=0.8,speech=0.2; default: code")
+    asked.add_argument(
+        "--popularity",
+        default="zipf:1.5",
+        metavar="NAME",
+        help="identical, distinct, uniform, zipf:1.5 or skewed, as Punica defines them, or power:1.5, a power law over all "
+        "adapters; default: zipf:1.5",
+    )
+    asked.add_argument(
+        "--adapters",
+        type=int,
+        metavar="N",
+        help="how many to ask for, uniform then over all of them; default: those there are, uniform then over as many as the "
+        "square root of the requests",
+    )
+    engine = load.add_argument_group("engine")
+    engine.add_argument("--max-batch-size", type=int, default=32, metavar="N", help="requests that run at once; default: 32")
+    engine.add_argument("--adapter-slots", type=int, default=64, metavar="N", help="adapters on the device at once; default: 64")
+    engine.add_argument(
+        "--max-waiting",
+        type=int,
+        metavar="N",
+        help="requests that may wait, more are refused; default: 256, or all that come at once",
+    )
+    _add_machine(engine)
+    measuring = load.add_argument_group("measuring")
+    measuring.add_argument(
+        "--goodput",
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help="count the requests that keep every limit: ttft, tpot, e2e in milliseconds, such as ttft:500 tpot:50",
+    )
+    measuring.add_argument("--warmup", type=int, default=16, metavar="N", help="requests before each run, not counted; default: 16")
+    measuring.add_argument("--repeats", type=int, default=1, metavar="N", help="runs of each method, in turns; default: 1")
+    measuring.add_argument("--seed", type=int, default=0, metavar="N")
+    measuring.add_argument(
+        "--no-saturation-stop",
+        action="store_true",
+        help="go on where queue and TTFT both grow significantly, so that the numbers tell only how long the run was",
+    )
+    output = load.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write a JSONL row per method and kind; - for standard output")
+    output.add_argument("--csv", metavar="FILE", help="write the same figures as a table")
+    output.add_argument("--per-request", metavar="FILE", help="write a table with a line per request")
+    output.add_argument("--report", metavar="FILE.html", help="write a page with tables and charts that needs nothing else")
 
 
 def _add_forms(commands: argparse._SubParsersAction) -> None:

@@ -9,26 +9,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from flora.engine import Engine, Request
-from flora.errors import ModelError, RequestError
+from flora.errors import RequestError
 from flora.names import public_name
 from profiling import hardware, report, workload
 from profiling.compare import checked_methods, compare
 from profiling.comparison import ComparisonResult
 from profiling.events import Finished, Progress
+from profiling.loading import load_engine, set_threads
 
 
 def run(options: argparse.Namespace) -> int:
     """Load, compare, print and write; 0 for done, 130 when interrupted. Raises a FloraError for bad input."""
     methods = checked_methods([*options.methods, *(["base"] if options.base and "base" not in options.methods else [])])
-    if options.threads is not None:
-        if options.threads < 1:
-            raise RequestError("--threads must be at least 1")
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     if options.report:
         report.check_suffix(options.report)
 
@@ -52,8 +48,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> tuple[dict[str, Engine], list[Request], dict[int, str]]:
     """Engines of the kinds that the batch needs, its requests, and the names of its clips."""
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
     folder, rows = ".", None
     if options.batch and options.row:
         raise RequestError("give --batch or --row, not both")
@@ -68,16 +62,7 @@ def _load(options: argparse.Namespace) -> tuple[dict[str, Engine], list[Request]
     engines = {}
     for kind in ("code", "speech"):
         if rows is None or kind in map(workload.kind_of, requests):
-            model = getattr(options, f"{kind}_model")
-            given = getattr(options, f"{kind}_adapters")
-            embedded = workload.ASSETS / "models" / kind
-            is_embedded = model is None or Path(model).resolve() == embedded
-            shipped = workload.discover_adapters(workload.ASSETS / "adapters" / kind) if is_embedded else {}
-            adapters = workload.given_adapters(given) if given else shipped
-            engine = Engine.from_pretrained(model or embedded, adapters, device=options.device, dtype=options.dtype)
-            if engine.kind != kind:
-                raise ModelError(f"--{kind}-model names the {engine.kind} model {engine.name!r}: give a {kind} model")
-            engines[kind] = engine
+            engines[kind] = load_engine(kind, options)
     if rows is None:
         rows = workload.ready_rows(
             {kind: engine.adapters for kind, engine in engines.items()}, max_new_tokens=options.max_new_tokens

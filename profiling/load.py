@@ -76,7 +76,7 @@ class Driver:
     engines: kind → engine. requests: in order of arrival; they may have no end. concurrency: None for an open loop; else a closed
     one with so many requests at once, whose arrival times do not count. planned_rate: the rate the arrival times were planned for,
     which `set_rate` changes. duration_s: nothing is sent after so many seconds; what was sent is still answered. session: on whose
-    behalf the engine admits the requests. num_records: how many of the last requests are kept; None: all.
+    behalf the engine admits the requests. num_records, num_samples: how many of the last ones are kept; None: all.
     """
 
     engines: Mapping[str, Engine]
@@ -90,6 +90,7 @@ class Driver:
     sample_every_s: float = SAMPLE_EVERY_S
     stop_when_saturated: bool = False
     num_records: int | None = None
+    num_samples: int | None = NUM_SAMPLES
 
     records: deque[Record] = field(init=False)
     samples: deque[Sample] = field(init=False)
@@ -98,7 +99,7 @@ class Driver:
     ended_s: float | None = field(init=False, default=None)  # since the start: the last answer
 
     def __post_init__(self) -> None:
-        self.records, self.samples = deque(maxlen=self.num_records), deque(maxlen=NUM_SAMPLES)
+        self.records, self.samples = deque(maxlen=self.num_records), deque(maxlen=self.num_samples)
         self._monitor = SaturationMonitor()
         self._condition = threading.Condition()
         self._open: dict[Record, Ticket | None] = {}  # sent and not answered

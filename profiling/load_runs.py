@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from flora.audio import load_audio
+from flora.engine import Request
 from flora.errors import RequestError
 from flora.ops import FAMILY
+from profiling import workload
 from profiling.compare import checked_methods
 from profiling.load import Driver, Sample
 from profiling.load_metrics import Record
 from profiling.saturation import Saturation
-from profiling.traffic import EndlessTraffic, PlannedRequest, Source, Traffic
+from profiling.traffic import Clip, Clips, EndlessTraffic, PlannedRequest, Prompt, Prompts, Source, Traffic
 
 if TYPE_CHECKING:
     from flora.engine import Engine
@@ -83,10 +87,54 @@ class LoadProgress:
 LoadEvent = LoadProgress | MethodRun
 
 
-def servable_adapters(engine: Engine, methods: Sequence[str]) -> tuple[str, ...]:
-    """The engine's tags that every one of the methods can serve, in the engine's order."""
+def servable_by(engines: Mapping[str, Engine], methods: Sequence[str], most: int | None = None) -> dict[str, tuple[str, ...]]:
+    """By kind, the first `most` tags that every one of the methods can serve (None: all of them), in the engine's order."""
     families = {FAMILY[method] for method in methods} - {None}
-    return tuple(tag for tag, info in engine.adapters.items() if families <= set(info.families))
+    return {
+        kind: tuple(tag for tag, info in engine.adapters.items() if families <= set(info.families))[:most]
+        for kind, engine in engines.items()
+    }
+
+
+def sources_of(engines: Mapping[str, Engine], requests: Sequence[tuple[str, Request]] | None = None) -> dict[str, Source]:
+    """By kind, what there is to ask: the corpus' held-out prompts and the clips that ship, or `requests` of one's own, named.
+
+    The answer to a request of one's own is as long as its max_new_tokens. Raises RequestError where a kind has none.
+    """
+    return {kind: (_prompts if kind == "code" else _clips)(engine, requests) for kind, engine in engines.items()}
+
+
+def _prompts(engine: Engine, requests: Sequence[tuple[str, Request]] | None) -> Prompts:
+    def encode(text: str) -> Sequence[int]:
+        return engine.tokenizer(text)["input_ids"]
+
+    decode = partial(engine.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if requests is None:
+        return Prompts.of_corpus(encode, decode, engine.context_length)
+    texts = [(request.prompt, request.max_new_tokens) for _, request in requests if request.prompt is not None]
+    if not texts:
+        raise RequestError("there is no prompt for the code model among the requests: add one, or leave code out of the mix")
+    prompts = [Prompt(text, len(encode(text)), most) for text, most in texts]
+    for prompt in prompts:
+        engine.validate(Request(prompt=prompt.text), "base")
+    return Prompts(encode, decode, engine.context_length, prompts)
+
+
+def _clips(engine: Engine, requests: Sequence[tuple[str, Request]] | None) -> Clips:
+    if requests is None:
+        clips = []
+        for row in workload.example_clips():
+            samples, rate = load_audio(workload.ASSETS / "clips" / row["file"], engine.window_s)
+            spoken = engine.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+            clips.append(Clip(row["file"], max(1, len(spoken)), row["tag"], samples, rate))
+    else:
+        given = [(name, request) for name, request in requests if request.audio is not None]
+        clips = [Clip(name, one.max_new_tokens, None, one.audio, one.sampling_rate) for name, one in given]
+    if not clips:
+        raise RequestError("there is no clip for the speech model among the requests: add one, or leave speech out of the mix")
+    for clip in clips:
+        encoded = engine.runner.encode(Request(audio=clip.samples, sampling_rate=clip.sampling_rate))
+    return Clips(clips, engine.context_length - len(encoded.prompt_ids))
 
 
 def run_load(
@@ -132,6 +180,7 @@ def run_load(
                 EndlessTraffic(traffic, sources, adapters) if total is None else plan,
                 concurrency=settings.concurrency,
                 duration_s=settings.duration_s,
+                num_samples=None,
                 stop_when_saturated=settings.stop_when_saturated and math.isfinite(traffic.rate),
             )
             for sample in driver.watch():
