@@ -136,6 +136,7 @@ def _add_load(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="requests that may wait, more are refused; default: 256, or all that come at once",
     )
+    engine.add_argument("--max-batch-tokens", type=int, default=2048, metavar="N", help="read and written in a step; default: 2048")
     _add_machine(engine)
     measuring = load.add_argument_group("measuring")
     measuring.add_argument(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from flora.engine.request import FailEvent, FinishEvent
+from flora.engine import FailEvent, FinishEvent
 from flora.errors import BusyError, FloraError
 from profiling.load_metrics import Record, summary
 from profiling.saturation import Saturation, SaturationMonitor

@@ -113,6 +113,7 @@ def _engine_options(options: argparse.Namespace, settings: LoadSettings) -> dict
     return {
         "max_batch_size": options.max_batch_size,
         "adapter_slots": options.adapter_slots,
+        "max_batch_tokens": options.max_batch_tokens,
         "max_waiting": held if options.max_waiting is None else options.max_waiting,
     }
 
@@ -207,6 +208,7 @@ def command_line(settings: LoadSettings, options: argparse.Namespace) -> str:
     words += ["--adapters", str(options.adapters)] if options.adapters is not None else []
     words += ["--mix", ",".join(f"{kind}={share:g}" for kind, share in traffic.mix.items())]
     words += ["--max-batch-size", str(options.max_batch_size), "--adapter-slots", str(options.adapter_slots)]
+    words += ["--max-batch-tokens", str(options.max_batch_tokens)]
     words += ["--max-waiting", str(options.max_waiting)] if options.max_waiting is not None else []
     if settings.limits:
         words += ["--goodput", *(f"{name}:{1000 * most:g}" for name, most in settings.limits.items())]

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-from flora.engine import Completion, FinishEvent, TokenEvent
-from flora.engine.request import FailEvent
+from flora.engine import Completion, FailEvent, FinishEvent, TokenEvent
 from flora.errors import BusyError, ServingError, UnknownAdapterError
 from flora.store import AdapterCounters
 
