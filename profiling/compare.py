@@ -232,14 +232,16 @@ class _Comparison:
         try:
             for batch in self.batches:
                 for method in self.methods:
-                    started = time.perf_counter()
-                    generation = self._start(batch, method, batch.requests, self.seed + repeat)
+                    with batch.engine.exclusive():
+                        started = time.perf_counter()
+                        generation = self._start(batch, method, batch.requests, self.seed + repeat)
+                        seconds = time.perf_counter() - started
                     if generation is None:
                         yield from self._failed({index: self.failures[index] for index in batch.indices})
                         for key in [key for key in generations if key[0] == batch.kind]:
                             generations.pop(key).close()
                         break
-                    self.prepare_s.setdefault((batch.kind, method), []).append(time.perf_counter() - started)
+                    self.prepare_s.setdefault((batch.kind, method), []).append(seconds)
                     generations[batch.kind, method] = generation
                     for index in batch.indices:
                         self.rows.setdefault((index, method), []).append(_Row())
@@ -267,7 +269,8 @@ class _Comparison:
             generation = generations[batch.kind, method]
             if not generation.done and not self._asks_to_stop():
                 phase = generation.phase
-                news, seconds = timed(generation.step, batch.engine.device)
+                with batch.engine.exclusive():  # whoever else is on the device has its turn before the clock starts
+                    news, seconds = timed(generation.step, batch.engine.device)
                 num_new_tokens = sum(isinstance(event, TokenEvent) for event in news)
                 timings.append((batch, StepTimed(self.step, batch.kind, method, phase, seconds, num_new_tokens, repeat), news))
         events: list[CompareEvent] = []

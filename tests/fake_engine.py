@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -30,6 +31,8 @@ class FakeEngine:
     step_s: object = None
     refuses: dict = field(default_factory=dict)  # method → exception that start raises
     disagreeing: int = 0
+    turn_s: float = 0.0  # that pass before somebody else gives up the device
+    has_turn: bool = False
     log: list = field(default_factory=list)
     started: int = 0
     closed: int = 0
@@ -45,11 +48,24 @@ class FakeEngine:
         if request.adapter is not None and request.adapter not in self.adapters:
             raise UnknownAdapterError(f"unknown adapter {request.adapter!r}")
 
+    @contextmanager
+    def exclusive(self):
+        if self.has_turn:
+            yield
+            return
+        self.clock.now += self.turn_s
+        self.has_turn = True
+        try:
+            yield
+        finally:
+            self.has_turn = False
+
     def start(self, requests, method, seed=0):
         if method in self.refuses:
             raise self.refuses[method]
         self.started += 1
-        return FakeGeneration(self, list(requests), method)
+        with self.exclusive():
+            return FakeGeneration(self, list(requests), method)
 
     def verify(self, requests, token_ids, method, chosen_logits=None):
         self.verified.append((method, [list(ids) for ids in token_ids]))
@@ -73,7 +89,8 @@ class FakeGeneration:
     def step(self):
         assert all(request.ignore_eos for request in self.requests)
         self.engine.log.append((self.engine.kind, self.method))
-        self.engine.clock.now += self.engine.step_s(self.method, self.taken)
+        with self.engine.exclusive():
+            self.engine.clock.now += self.engine.step_s(self.method, self.taken)
         self.taken += 1
         events = []
         for index, request in enumerate(self.requests):

@@ -117,6 +117,17 @@ def test_base_takes_part_and_every_method_is_set_against_it(fake):
     assert result.ratio.median == pytest.approx(1.5), "the headline is still second over first"
 
 
+def test_waiting_for_the_device_is_on_no_clock(clock):
+    waiting, alone = (
+        run({"code": FakeEngine(clock, step_s=steady, turn_s=turn_s)}, prompts(4), warmup_steps=1)[1] for turn_s in (1000.0, 0.0)
+    )
+    for method in ("flora", "bmm-lora"):
+        assert waiting.methods[method].prepare_s == alone.methods[method].prepare_s == 0
+        assert waiting.methods[method].ttft_s == pytest.approx(alone.methods[method].ttft_s)
+        assert waiting.methods[method].step_quantiles == pytest.approx(alone.methods[method].step_quantiles)
+        assert waiting.methods[method].tokens_per_s == pytest.approx(alone.methods[method].tokens_per_s)
+
+
 def test_one_method_alone_has_figures_and_no_ratio(fake):
     _, result = run({"code": fake}, prompts(4), methods=("flora",), warmup_steps=0)
     assert result.ratio is None and result.methods["flora"].tpot_s == pytest.approx(2)
