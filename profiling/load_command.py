@@ -36,8 +36,7 @@ def run(options: argparse.Namespace) -> int:
     """Load, send, print and write; 0 for done, 130 when interrupted. Raises a FloraError for bad input."""
     settings = settings_from(options)
     set_threads(options.threads)
-    if options.report and Path(options.report).suffix.lower() != ".html":
-        raise RequestError("a load report is a page: give --report a name that ends in .html")
+    _check_outputs(options)
     requests = _own_requests(options)
     said = sys.stderr if options.json == "-" else sys.stdout  # rows on stdout stay alone there
     engines: dict[str, Engine] = {}
@@ -65,6 +64,15 @@ def run(options: argparse.Namespace) -> int:
     if options.report:
         report.write_text(options.report, load_report.html_page(result))
     return 130 if interrupted else 0
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """RequestError, before anything is measured, for a file that could not be written."""
+    if options.report and Path(options.report).suffix.lower() != ".html":
+        raise RequestError("a load report is a page: give --report a name that ends in .html")
+    for name in (options.json, options.csv, options.per_request, options.report):
+        if name and name != "-" and not Path(name).parent.is_dir():
+            raise RequestError(f"cannot write {Path(name).name!r}: there is no such folder")
 
 
 def settings_from(options: argparse.Namespace) -> LoadSettings:

@@ -290,8 +290,8 @@ class Prompts:
         """A text of the language of so many tokens, and how many they are: a tokenizer may read a cut text in another number of
         tokens, so the nearest of several attempts is taken, none longer than asked if one is not."""
         if language not in self._streams:
-            texts = [prompt.text for prompt in self.given if prompt.language == language]
-            self._streams[language] = list(self.encode("\n".join(texts)))
+            texts = [f"{prompt.text}\n" for prompt in self.given if prompt.language == language]
+            self._streams[language] = [token for text in texts for token in self.encode(text)]
         stream = self._streams[language]
         found: list[tuple[tuple[bool, int], str, int]] = []
         taken = num_tokens
