@@ -145,7 +145,7 @@ class Driver:
         """From now on so many requests a second: the plan's clock goes faster or slower. Nothing is sent while it is 0."""
         with self._condition:
             now = time.perf_counter()
-            self._plan_s, self._plan_set_s = self._plan_position(now), now
+            self._plan_s, self._plan_set_s = 0.0 if self.started_s is None else self._plan_position(now), now
             self._speed = rate / self.planned_rate
             self._monitor = SaturationMonitor()  # another load begins
             self.saturation = None
@@ -155,7 +155,8 @@ class Driver:
 
     def watch(self) -> Iterator[Sample]:
         """Send everything, yield samples, and end when all is answered or the driver was stopped. Left early, it stops too."""
-        self.started_s = self._plan_set_s = time.perf_counter()
+        with self._condition:
+            self.started_s = self._plan_set_s = time.perf_counter()
         sender = threading.Thread(target=self._send_all, name="load generator", daemon=True)
         sender.start()
         try:
@@ -279,6 +280,7 @@ class Driver:
             self.records.append(record)
             self._open[record] = None
             self._num_sent += 1
+            self._monitor.add_sent()
         try:
             ticket = self.engines[planned.kind].submit(
                 request,
@@ -320,7 +322,8 @@ class Driver:
         with self._condition:
             del self._open[record]
             self._outcomes[outcome] += 1
-            self._monitor.add_sent(refused=outcome == "refused")
+            if outcome == "refused":
+                self._monitor.add_refused()
             if outcome == "finished" and record.tpot_s is not None:
                 self._recent["tpot"].append((now, record.tpot_s))
             self._condition.notify_all()

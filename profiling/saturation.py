@@ -68,10 +68,13 @@ class SaturationMonitor:
         """The next request's time to its first token."""
         self._ttfts.append(ttft_s)
 
-    def add_sent(self, refused: bool) -> None:
-        """One more request was sent, and perhaps refused since the queue was full."""
+    def add_sent(self) -> None:
+        """One more request was sent."""
         self.num_sent += 1
-        self.num_refused += refused
+
+    def add_refused(self) -> None:
+        """A request was refused since the queue was full."""
+        self.num_refused += 1
 
     def verdict(self) -> Saturation | None:
         """Over-saturated so far? None: no, or too early to tell."""
