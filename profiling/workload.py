@@ -197,7 +197,7 @@ def command_line(
         name = model_names.get(kind, engine.name)
         if name != kind:  # the embedded models' folders are named after their kind
             words += [f"--{kind}-model", public_name(name)]
-        given = _adapters_given(engine, kind, {row["adapter"] for row in rows if SOURCES[kind] in row})
+        given = adapters_given(engine, kind, {row["adapter"] for row in rows if SOURCES[kind] in row})
         words += [f"--{kind}-adapters", *given] if given else []
     for option, values in (
         ("--device", {engines[kind].device.type for kind in kinds}),
@@ -225,7 +225,7 @@ def command_line(
     return shlex.join(words)
 
 
-def _adapters_given(engine: Engine, kind: str, tags: Collection[str | None]) -> list[str]:
+def adapters_given(engine: Engine, kind: str, tags: Collection[str | None]) -> list[str]:
     """tag=folder for the checkpoints of `tags` that `discover_adapters` does not find in assets/."""
     shipped = discover_adapters(ASSETS / "adapters" / kind)
     given = []

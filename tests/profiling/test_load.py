@@ -152,6 +152,14 @@ def test_the_rate_changes_while_it_runs(engine):
     assert still.join(20)
 
 
+def test_a_rate_set_before_the_start_is_the_rate_from_the_start(engine):
+    driver = Driver({"code": engine}, "flora", planned(4, interval_s=100.0), planned_rate=0.01)
+    driver.set_rate(20.0)
+    list(driver.watch())
+    sent = [record.sent_s for record in driver.records]
+    assert sent[3] >= 0.15 and driver.ended_s < 5.0, "not all at once, and not 300 seconds"
+
+
 def test_traffic_changes_while_it_runs(engine):
     sources = {"code": Prompts(str.split, " ".join, 99, [Prompt("a b", 2, 3)])}
     traffic = Traffic(num_requests=50, rate=200.0, popularity="identical", new_tokens=Lengths.parse("2"))
