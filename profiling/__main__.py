@@ -124,12 +124,23 @@ def _add_load(commands: argparse._SubParsersAction) -> None:
         "--adapters",
         type=int,
         metavar="N",
-        help="how many to ask for, uniform then over all of them; default: those there are, uniform then over as many as the "
-        "square root of the requests",
+        help="how many to ask for, uniform then over all of them; random ones where there are fewer; default: those there are, "
+        "uniform then over as many as the square root of the requests",
+    )
+    asked.add_argument(
+        "--rank", type=int, metavar="R", help="ask for random adapters only, of this rank; default: 4 for random ones"
+    )
+    asked.add_argument(
+        "--adapter-folder",
+        metavar="FOLDER",
+        help="write random adapters there, to be read again from disk; default: kept in memory",
     )
     engine = load.add_argument_group("engine")
     engine.add_argument("--max-batch-size", type=int, default=32, metavar="N", help="requests that run at once; default: 32")
     engine.add_argument("--adapter-slots", type=int, default=64, metavar="N", help="adapters on the device at once; default: 64")
+    engine.add_argument(
+        "--host-adapters-mb", type=int, default=2048, metavar="MB", help="of adapters kept in memory besides; default: 2048"
+    )
     engine.add_argument(
         "--max-waiting",
         type=int,

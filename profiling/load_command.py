@@ -21,7 +21,7 @@ from profiling import hardware, load_report, report, workload
 from profiling.load_metrics import parse_limits
 from profiling.load_result import LoadResult
 from profiling.load_runs import LoadProgress, LoadSettings, MethodRun, run_load, servable_by, sources_of
-from profiling.loading import load_engine, set_threads
+from profiling.loading import add_random_adapters, load_engine, set_threads
 from profiling.traffic import Lengths, Traffic, parse_mix
 
 if TYPE_CHECKING:
@@ -29,14 +29,17 @@ if TYPE_CHECKING:
 
 PAPER_RATE = 8.0  # requests a second, of its Figures 2 and 3
 NUM_REQUESTS = 200
+NUM_RANDOM_ADAPTERS = 8
+RANDOM_RANK = 4
 MAX_WAITING = 256
+HOST_ADAPTERS_MB = 2048
 
 
 def run(options: argparse.Namespace) -> int:
     """Load, send, print and write; 0 for done, 130 when interrupted. Raises a FloraError for bad input."""
     settings = settings_from(options)
     set_threads(options.threads)
-    _check_outputs(options)
+    _check_options(options)
     requests = _own_requests(options)
     said = sys.stderr if options.json == "-" else sys.stdout  # rows on stdout stay alone there
     engines: dict[str, Engine] = {}
@@ -66,8 +69,11 @@ def run(options: argparse.Namespace) -> int:
     return 130 if interrupted else 0
 
 
-def _check_outputs(options: argparse.Namespace) -> None:
-    """RequestError, before anything is measured, for a file that could not be written."""
+def _check_options(options: argparse.Namespace) -> None:
+    """RequestError, before anything is loaded, for a number that makes no sense or a file that could not be written."""
+    for name in ("adapters", "rank", "host_adapters_mb"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise RequestError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
     if options.report and Path(options.report).suffix.lower() != ".html":
         raise RequestError("a load report is a page: give --report a name that ends in .html")
     for name in (options.json, options.csv, options.per_request, options.report):
@@ -121,6 +127,7 @@ def _engine_options(options: argparse.Namespace, settings: LoadSettings) -> dict
     return {
         "max_batch_size": options.max_batch_size,
         "adapter_slots": options.adapter_slots,
+        "host_adapter_bytes": options.host_adapters_mb * 1_000_000,
         "max_batch_tokens": options.max_batch_tokens,
         "max_waiting": held if options.max_waiting is None else options.max_waiting,
     }
@@ -142,15 +149,17 @@ def _own_requests(options: argparse.Namespace) -> list[tuple[str, Request]] | No
 
 
 def _adapters(engines: Mapping[str, Engine], settings: LoadSettings, options: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-    """By kind the tags to ask for, as many as `--adapters` says."""
-    if options.adapters is not None and options.adapters < 1:
-        raise RequestError(f"--adapters must be at least 1, not {options.adapters}")
+    """By kind the tags to ask for: those there are, then random ones up to `--adapters`; with `--rank` only random ones."""
+    folder = None if options.adapter_folder is None else Path(options.adapter_folder)
     adapters = servable_by(engines, settings.methods, options.adapters)
     for kind, tags in adapters.items():
-        if len(tags) < (options.adapters or 0):
-            raise RequestError(
-                f"there are {len(tags)} adapters of the {kind} model that all of these methods serve, not {options.adapters}"
-            )
+        own = tags if options.rank is None else ()
+        wanted = options.adapters or (len(tags) if options.rank is None else NUM_RANDOM_ADAPTERS)
+        if wanted > len(own):
+            rank = RANDOM_RANK if options.rank is None else options.rank
+            place = folder and folder / kind
+            made = add_random_adapters(engines[kind], wanted - len(own), rank, settings.methods, settings.traffic.seed, place)
+            adapters[kind] = own + made
     return adapters
 
 
@@ -214,8 +223,11 @@ def command_line(settings: LoadSettings, options: argparse.Namespace) -> str:
     words += ["--prompts", public_name(options.prompts)] if options.prompts is not None else []
     words += ["--popularity", traffic.popularity]
     words += ["--adapters", str(options.adapters)] if options.adapters is not None else []
+    words += ["--rank", str(options.rank)] if options.rank is not None else []
+    words += ["--adapter-folder", public_name(options.adapter_folder)] if options.adapter_folder is not None else []
     words += ["--mix", ",".join(f"{kind}={share:g}" for kind, share in traffic.mix.items())]
     words += ["--max-batch-size", str(options.max_batch_size), "--adapter-slots", str(options.adapter_slots)]
+    words += ["--host-adapters-mb", str(options.host_adapters_mb)] if options.host_adapters_mb != HOST_ADAPTERS_MB else []
     words += ["--max-batch-tokens", str(options.max_batch_tokens)]
     words += ["--max-waiting", str(options.max_waiting)] if options.max_waiting is not None else []
     if settings.limits:

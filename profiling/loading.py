@@ -1,9 +1,13 @@
-"""The engines that a command line asks for: `--code-model`, `--code-adapters` and their like, by default what ships."""
+"""The engines that a command line asks for: `--code-model`, `--code-adapters` and their like, by default what ships; and random
+adapters, where more are wanted than there are.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from flora.engine import Engine
 from flora.errors import ModelError, RequestError
+from flora.formats import Adapter
+from flora.ops import FAMILY
+from flora.random_adapters import FAMILIES, RandomAdapters
 from profiling import workload
 
 
@@ -38,3 +45,29 @@ def load_engine(kind: str, options: argparse.Namespace, **engine_options) -> Eng
     if engine.kind != kind:
         raise ModelError(f"--{kind}-model names the {engine.kind} model {engine.name!r}: give a {kind} model")
     return engine
+
+
+def add_random_adapters(
+    engine: Engine, count: int, rank: int, methods: Iterable[str], seed: int = 0, folder: Path | None = None
+) -> tuple[str, ...]:
+    """Register `count` random adapters of a rank, each with all that the methods serve; their tags, random-r4-0000 and so on.
+
+    folder: write them there as PEFT checkpoints, from which the engine reads them again where host memory does not hold them all;
+    without, they are made again then. Raises AdapterError where the folder cannot be written to.
+    """
+    families = {FAMILY[method] for method in methods} - {None} or {"flora"}
+    rows = [RandomAdapters(engine.bank.layers, family, rank, seed) for family in FAMILIES if family in families]
+    tags = tuple(f"random-r{rank}-{number:04}" for number in range(count))
+    if folder is not None:
+        written = [list(row.write(folder, count).values()) for row in rows]
+        for number, tag in enumerate(tags):
+            engine.add_adapter(tag, [paths[number] for paths in written])
+        return tags
+    for number, tag in enumerate(tags):
+        make = partial(_made, rows, number)
+        engine.bank.add(tag, make(), reload=make)
+    return tags
+
+
+def _made(rows: list[RandomAdapters], number: int) -> list[Adapter]:
+    return [row.adapter(number) for row in rows]

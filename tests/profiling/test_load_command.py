@@ -137,6 +137,27 @@ def test_prompts_of_ones_own(arguments, capsys, tmp_path, tone):
     assert by_kind["code"]["new_tokens"]["mean"] == 3 and by_kind["speech"]["new_tokens"]["mean"] == 4
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_more_adapters_than_there_are_become_random_ones(arguments, capsys, tmp_path, on_disk):
+    options = ["--adapters", "20", "--adapter-slots", "3", "--popularity", "uniform", "--methods", "flora", "bmm-lora"]
+    options += ["--adapter-folder", str(tmp_path / "made")] if on_disk else []
+    assert main([*arguments, *options, "--json", "-"]) == 0
+    rows = [row for row in map(json.loads, capsys.readouterr().out.splitlines()) if row["kind"] == "code"]
+    for row in rows:
+        asked = {tag: counts["requests"] for tag, counts in row["adapters"]["code"].items() if counts["requests"]}
+        assert row["outcomes"] == {"finished": 12} and row["num_adapters"] == {"code": 20} and set(row["ranks"]) <= {1, 2, 4}
+        assert set(asked.values()) == {1} and sum(tag.startswith("random-r4-") for tag in asked) >= 10
+        assert row["adapter_slots"] == {"code": 3}
+    assert len(list((tmp_path / "made" / "code").glob("*/adapter_config.json"))) == (36 if on_disk else 0)
+
+
+def test_adapters_of_a_rank_are_random_ones_only(arguments, capsys):
+    assert main([*arguments, "--rank", "3", "--popularity", "distinct", "--methods", "base", "merged", "--json", "-"]) == 0
+    rows = [row for row in map(json.loads, capsys.readouterr().out.splitlines()) if row["kind"] == "code"]
+    assert [row["ranks"] for row in rows] == [[], [3]] and rows[0]["command"].count("--rank 3") == 1
+    assert set(rows[0]["adapters"]["code"]) == {f"random-r3-{number:04}" for number in range(8)}
+
+
 def test_refused_requests_are_counted_and_said(arguments, capsys):
     assert main([*arguments, "--max-waiting", "3", "--requests", "40", "--warmup", "0", "--methods", "flora", "--json", "-"]) == 0
     printed = capsys.readouterr()
@@ -193,6 +214,9 @@ def test_the_embedded_model_is_served_in_its_adapters_languages(capsys):
         (["--mix", "video"], "mix"),
         (["--popularity", "zipf:0.5"], "popularity"),
         (["--adapters", "0"], "--adapters"),
+        (["--rank", "0"], "--rank"),
+        (["--host-adapters-mb", "0"], "--host-adapters-mb"),
+        (["--rank", "2", "--adapter-folder", "code-model/config.json"], "could not be written"),
         (["--max-batch-size", "0"], "max_batch_size"),
         (["--adapter-slots", "0"], "adapter_slots"),
         (["--max-waiting", "0"], "max_waiting"),
