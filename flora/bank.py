@@ -30,6 +30,9 @@ from flora.store import AdapterCounters, AdapterStore, Layout, PackedAdapter, Pa
 
 IDENTITY_SLOT = 0
 
+KEPT_BYTES = 128 << 20
+"""A batch's gathered factors are kept from step to step where those of all layers together are no more than this."""
+
 ONE_ADAPTER_AT_A_TIME = "weights are merged with one adapter at a time: group the batch by adapter first"
 
 MAX_LISTED_TAGS = 20
@@ -123,7 +126,15 @@ class BatchServing:
             slots = [slot if stack.ranks[slot] else IDENTITY_SLOT for slot in self.slots]
             self._routings[key] = ops.route(slots, stack.ranks, stack.A.shape[1], self.bank.device)
         merged_weight = None if self._merged_weights is None else self._merged(layer, stack)
-        return LayerPlan(stack.A, stack.B, self._routings[key], merged_weight, self._changed_bias(layer, stack))
+        routing = self._routings[key]
+        if self._keeps_factors(stack):
+            routing = routing.for_one_layer()
+        return LayerPlan(stack.A, stack.B, routing, merged_weight, self._changed_bias(layer, stack))
+
+    def _keeps_factors(self, stack: _Stack) -> bool:
+        """On a CPU, gathering them at each step would be a tenth of a small model's step; those of a large one are too many."""
+        per_layer = len(self.slots) * (stack.A[0].nbytes + stack.B[0].nbytes)
+        return self.bank.device.type == "cpu" and per_layer * len(self.bank.layers) <= KEPT_BYTES
 
     def _merged(self, layer: str, stack: _Stack) -> Tensor:
         if layer not in self._merged_weights:

@@ -23,7 +23,7 @@ another row's rank. It depends on the batch alone: build it once a step and hand
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -82,6 +82,7 @@ class Routing:
     uniform_rank: int | None  # the rank that every row has, or None where ranks differ
     restore: Tensor | None  # (n,) int64, where each row stands when segments are laid end to end; None: where it stands anyway
     _forms: dict[tuple[int, int, str], str] = field(default_factory=dict, repr=False, compare=False)
+    _kept: dict[tuple[str, int], Tensor] | None = field(default=None, repr=False, compare=False)
 
     def cheaper_form(self, length: int, element_size: int, device_type: str) -> str:
         """`flora.cost.cheaper_form` for rows of `length` tokens, worked out once: every layer of a step asks the same."""
@@ -90,6 +91,26 @@ class Routing:
             tokens_and_ranks = [(segment.rows.shape[0] * length, segment.rank) for segment in self.segments]
             self._forms[key] = cheaper_form(tokens_and_ranks, element_size, device_type)
         return self._forms[key]
+
+    def for_one_layer(self) -> Routing:
+        """The same routing, for many steps of one layer whose factors do not change: what is gathered in the first step is kept."""
+        return replace(self, _kept={})
+
+    def gather(self, side: str, factors: Tensor, rank: int, slots: Tensor) -> Tensor:
+        """Each row's first `rank` components: factors (slots, r, d), the side "A" or "B", and slots (n,) → (n, rank, d)."""
+        if self._kept is None:
+            return _gather(factors, slots, rank)
+        if (side, rank) not in self._kept:  # rows of one rank are always the same ones
+            self._kept[side, rank] = _gather(factors, slots, rank)
+        return self._kept[side, rank]
+
+    def gather_expanded(self, side: str, factors: Tensor) -> Tensor:
+        """The components of all rows, one after another, whatever their ranks: factors (slots, r, d) → (m, d)."""
+        if self._kept is None:
+            return factors.flatten(0, 1)[self.expanded_component]
+        if (side, 0) not in self._kept:
+            self._kept[side, 0] = factors.flatten(0, 1)[self.expanded_component]
+        return self._kept[side, 0]
 
 
 def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: torch.device | str = "cpu") -> Routing:
@@ -104,22 +125,36 @@ def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: 
     for row, slot in enumerate(slots):
         by_slot.setdefault(slot, []).append(row)
         by_rank.setdefault(ranks[slot], []).append(row)
-    tensor = partial(torch.tensor, dtype=torch.int64, device=device)
+    groups = [(rank, rows) for rank, rows in sorted(by_rank.items()) if rank > 0]
     laid_out = [row for rows in by_slot.values() for row in rows]
     in_order = laid_out == list(range(len(slots)))
     expanded = [(row, slot * rank_stride + k) for row, slot in enumerate(slots) for k in range(max(1, ranks[slot]))]
+    lists = [
+        slots,
+        [row for row, _ in expanded],
+        [component for _, component in expanded],
+        sorted(range(len(slots)), key=laid_out.__getitem__),
+        *by_slot.values(),
+        *(rows for _, rows in groups),
+        *([slots[row] for row in rows] for _, rows in groups),
+    ]
+    # All of them travel to the device at once: on a GPU, each copy from the host costs as much as a small kernel.
+    numbers = torch.tensor([number for one in lists for number in one], dtype=torch.int64, device=device)
+    tensors = iter(numbers.split([len(one) for one in lists]))
+    row_slots, expanded_row, expanded_component, restore = (next(tensors) for _ in range(4))
+    segments = tuple(Segment(slot, ranks[slot], next(tensors), _span(rows)) for slot, rows in by_slot.items())
+    group_rows = [next(tensors) for _ in groups]
     return Routing(
-        slots=tensor(slots),
-        segments=tuple(Segment(slot, ranks[slot], tensor(rows), _span(rows)) for slot, rows in by_slot.items()),
+        slots=row_slots,
+        segments=segments,
         rank_groups=tuple(
-            RankGroup(rank, None if len(rows) == len(slots) else tensor(rows), tensor([slots[row] for row in rows]))
-            for rank, rows in sorted(by_rank.items())
-            if rank > 0
+            RankGroup(rank, None if len(rows) == len(slots) else places, next(tensors))
+            for (rank, rows), places in zip(groups, group_rows, strict=True)
         ),
-        expanded_row=tensor([row for row, _ in expanded]),
-        expanded_component=tensor([component for _, component in expanded]),
+        expanded_row=expanded_row,
+        expanded_component=expanded_component,
         uniform_rank=next(iter(by_rank)) if len(by_rank) == 1 else None,
-        restore=None if in_order else tensor(sorted(range(len(slots)), key=laid_out.__getitem__)),
+        restore=None if in_order else restore,
     )
 
 
@@ -171,14 +206,14 @@ def expand_around(
     if rank == 0:
         return _biased(product(x), bias)
     if rank is not None:
-        a = _gather(A, routing.slots, rank).unsqueeze(2)  # (n, rank, 1, d_in)
-        b = _gather(B, routing.slots, rank).unsqueeze(2)  # (n, rank, 1, d_out)
+        a = routing.gather("A", A, rank, routing.slots).unsqueeze(2)  # (n, rank, 1, d_in)
+        b = routing.gather("B", B, rank, routing.slots).unsqueeze(2)  # (n, rank, 1, d_out)
         expanded = product((x.unsqueeze(1) * a).flatten(0, 1).to(x.dtype))  # (n · rank, l, d_out)
         y = expanded.unflatten(0, (n, rank)) * b
         y = y.squeeze(1) if rank == 1 else y.sum(1)
     else:
-        a = A.flatten(0, 1)[routing.expanded_component].unsqueeze(1)  # (m, 1, d_in)
-        b = B.flatten(0, 1)[routing.expanded_component].unsqueeze(1)  # (m, 1, d_out)
+        a = routing.gather_expanded("A", A).unsqueeze(1)  # (m, 1, d_in)
+        b = routing.gather_expanded("B", B).unsqueeze(1)  # (m, 1, d_out)
         expanded = product((x[routing.expanded_row] * a).to(x.dtype))  # (m, l, d_out)
         scaled = expanded * b
         y = scaled.new_zeros(n, l, scaled.shape[-1]).index_add(0, routing.expanded_row, scaled)
@@ -264,8 +299,8 @@ def bmm_lora(
 def _add_bmm(x: Tensor, y: Tensor, A: Tensor, B: Tensor, routing: Routing) -> Tensor:
     for group in routing.rank_groups:
         rows = x if group.rows is None else x[group.rows]
-        a = _gather(A, group.slots, group.rank)  # (n_group, rank, d_in)
-        b = _gather(B, group.slots, group.rank)  # (n_group, rank, d_out)
+        a = routing.gather("A", A, group.rank, group.slots)  # (n_group, rank, d_in)
+        b = routing.gather("B", B, group.rank, group.slots)  # (n_group, rank, d_out)
         if group.rows is None:
             return torch.baddbmm(y, torch.bmm(rows, a.transpose(1, 2)), b)
         y.index_add_(0, group.rows, torch.bmm(torch.bmm(rows, a.transpose(1, 2)), b))  # y is ours: fresh from the product

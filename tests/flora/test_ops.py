@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from functools import cache
 
 import pytest
@@ -152,14 +153,35 @@ def test_every_form_with_one_rank(rank):
         )
 
 
+@pytest.mark.parametrize("slots", [None, [4] * 7], ids=["ranks mixed", "one rank"])
+def test_a_routing_for_one_layer_keeps_its_factors_and_gathers_them_once(slots, monkeypatch):
+    """Step after step of one layer is what the reference says of that step's rows; another layer's factors are not mixed in."""
+    gathered = []
+    gather = ops._gather
+    monkeypatch.setattr(ops, "_gather", lambda *args: gathered.append(args) or gather(*args))
+    steps = [Problem(7, 1, 33, 17, torch.float32, seed) for seed in range(2)]
+    shared = ops.route(slots or steps[0].slots.tolist(), RANKS, RANK)
+    for family, form in ((family, form) for family, form in ALL_FORMS if form not in (ops.flora_modulate, ops.loop_lora)):
+        for layer in steps:  # each problem's factors are a layer of their own
+            routing = shared.for_one_layer()
+            for step in steps:
+                now = copy(layer)
+                now.x, now.slots = step.x, shared.slots
+                y = form(now.x, now.weight, now.A, now.B, now.slots, now.bias, routing)
+                assert_close(y, now.truth(family, True), now.truth(family, True, True), torch.float32, form.__name__)
+            if slots is not None:
+                assert len(gathered) == 2, "A and B once each, for all steps"
+            gathered.clear()
+
+
 def test_inputs_are_left_as_they_were():
     problem = Problem(7, 5, 33, 17, torch.float32)
     inputs = (problem.x, problem.weight, problem.A, problem.B, problem.bias)
     before = [tensor.clone() for tensor in inputs]
     for _, form in ALL_FORMS:
         form(problem.x, problem.weight, problem.A, problem.B, problem.slots, problem.bias, problem.routing)
-        for tensor, copy in zip(inputs, before, strict=True):
-            assert torch.equal(tensor.nan_to_num(7.0), copy.nan_to_num(7.0)), form.__name__
+        for tensor, was in zip(inputs, before, strict=True):
+            assert torch.equal(tensor.nan_to_num(7.0), was.nan_to_num(7.0)), form.__name__
 
 
 @pytest.mark.parametrize("l, form", [(1, "flora-expand"), (64, "flora-modulate")])
