@@ -127,7 +127,7 @@ def _engine_options(options: argparse.Namespace, settings: LoadSettings) -> dict
     return {
         "max_batch_size": options.max_batch_size,
         "adapter_slots": options.adapter_slots,
-        "host_adapter_bytes": options.host_adapters_mb * 1_000_000,
+        "host_adapter_bytes": options.host_adapters_mb << 20,
         "max_batch_tokens": options.max_batch_tokens,
         "max_waiting": held if options.max_waiting is None else options.max_waiting,
     }
@@ -202,6 +202,28 @@ def show_progress(bar: tqdm, progress: LoadProgress, repeats: int) -> None:
         )
     bar.total, bar.n = progress.total, progress.done
     bar.refresh()
+
+
+def options_of(engines: Mapping[str, Engine], num_adapters: int | None = None) -> argparse.Namespace:
+    """The options with which the command would load these engines: for the `command_line` of runs that were not started by one.
+
+    num_adapters: how many are asked for; None: all there are.
+    """
+    options = argparse.Namespace(prompts=None, adapters=num_adapters, rank=None, adapter_folder=None, max_waiting=None)
+    for kind in ("code", "speech"):
+        setattr(options, f"{kind}_model", None)
+        setattr(options, f"{kind}_adapters", None)
+    for kind, engine in engines.items():
+        if engine.name != kind:  # the embedded models' folders are named after their kind
+            setattr(options, f"{kind}_model", engine.name)
+        setattr(options, f"{kind}_adapters", workload.adapters_given(engine, kind, engine.adapters) or None)
+    options.max_batch_size = max(engine.max_batch_size for engine in engines.values())
+    options.max_batch_tokens = max(engine.max_batch_tokens for engine in engines.values())
+    options.adapter_slots = max(engine.bank.slot_capacity for engine in engines.values())
+    options.host_adapters_mb = max(engine.bank.host_bytes for engine in engines.values()) >> 20
+    options.device = next(iter(engines.values())).device.type
+    options.dtype = str(next(iter(engines.values())).dtype).removeprefix("torch.")
+    return options
 
 
 def command_line(settings: LoadSettings, options: argparse.Namespace) -> str:

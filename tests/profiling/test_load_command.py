@@ -13,7 +13,10 @@ import soundfile
 from plotly.offline import get_plotlyjs
 
 from profiling import load_command
+from profiling.__main__ import _parser as main_parser
 from profiling.__main__ import main
+from profiling.load_runs import LoadSettings
+from profiling.traffic import Traffic
 
 
 @pytest.fixture
@@ -107,6 +110,17 @@ def test_the_command_it_prints_asks_for_the_same_again(arguments, capsys, tmp_pa
             assert one[name] == other[name], name
         requests = [{tag: counts["requests"] for tag, counts in row["adapters"]["code"].items()} for row in (one, other)]
         assert requests[0] == requests[1] == {"lua": 6, "rb": 6}
+
+
+def test_engines_that_no_command_loaded_have_a_command_too(engines, model_folders, folder):
+    """As the page's: the models' and adapters' names, and what differs from the defaults."""
+    settings = LoadSettings(Traffic(num_requests=5, rate=2.0), ("flora",))
+    words = shlex.split(load_command.command_line(settings, load_command.options_of({"code": engines["code"]}, 2)))
+    assert words[words.index("--code-model") + 1] == "code-model" and "--speech-model" not in words
+    assert words[words.index("--code-adapters") + 1] == "lua=code/lua/flora" and words[words.index("--adapters") + 1] == "2"
+    assert "--host-adapters-mb" not in words and words[words.index("--adapter-slots") + 1] == "64"
+    given = main_parser().parse_args(words[3:])
+    assert given.code_adapters == [f"{tag}=code/{tag}/{family}" for tag in ("lua", "rb") for family in ("flora", "lora")]
 
 
 def test_a_closed_loop_for_some_seconds(arguments, capsys, tmp_path):
