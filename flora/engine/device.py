@@ -51,6 +51,11 @@ class TurnLock:
                 self._depth = 1
                 gate.release()
 
+    def after_fork(self) -> None:
+        """In a forked process, whose one thread has it: those who stood in line are not there."""
+        self._guard = threading.Lock()
+        self._line.clear()
+
     def take_if_free(self) -> bool:
         """Take it if nobody has it, without waiting; give it back as any other. For finalisers, which run at any moment."""
         if not self._guard.acquire(blocking=False):

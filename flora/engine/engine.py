@@ -222,6 +222,10 @@ class Engine:
         """
         if deadline_s is not None and not deadline_s > 0:
             raise RequestError(f"deadline_s must be more than 0 seconds, not {deadline_s}")
+        try:
+            hash(session)
+        except TypeError as error:
+            raise RequestError(f"session must be hashable, such as a string, not {type(session).__name__}") from error
         row = self._row(request, method, seed, index, index, session)
         return self._server.submit([row], method, deadline_s, listener)[0]
 
@@ -247,7 +251,8 @@ class Engine:
                 places = range(num_submitted, min(len(requests), num_submitted + at_once - len(tickets)))
                 try:
                     rows = [self._row(requests[place], method, seed, place, place, session) for place in places]
-                    tickets |= dict(zip(places, self._server.submit(rows, method, None, events.put), strict=True))
+                    if rows:  # else it is only waited for those that were taken: an engine that shuts down finishes them
+                        tickets |= dict(zip(places, self._server.submit(rows, method, None, events.put), strict=True))
                     num_submitted += len(places)
                 except BusyError:
                     if not tickets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import itertools
 import logging
@@ -11,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from weakref import WeakSet
 
 import torch
 
@@ -18,7 +20,7 @@ from flora.bank import AdapterBank
 from flora.engine.core import Core, RequestTimes, Row, Told
 from flora.engine.device import TurnLock
 from flora.engine.request import Completion, Event, FailEvent, FinishEvent, Request, TokenEvent
-from flora.errors import BusyError, DeadlineError, FloraError, ServingError
+from flora.errors import BusyError, DeadlineError, FloraError, RequestError, ServingError
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,15 @@ Listener = Callable[[Event], None]
 
 WAIT_FOR_ADAPTERS_S = 0.05
 """How long the thread sleeps at most when no request can run before an adapter has been read."""
+
+IDLE_S = 10.0
+"""How long the thread waits for work before it ends, and keeps its engine no longer; the next request starts another."""
+
+EXIT_S = 5.0
+"""How long the end of the interpreter waits for the thread."""
+
+_SERVERS: WeakSet[Server] = WeakSet()
+_SERVERS_LOCK = threading.Lock()
 
 
 class Ticket:
@@ -76,10 +87,20 @@ class Ticket:
         return "waiting" if self._row.times.admitted_s is None else "running"
 
     def __iter__(self) -> Iterator[TokenEvent | FinishEvent]:
-        """Its events up to the FinishEvent; raises the error it failed with. To leave before the end cancels it."""
+        """Its events up to the FinishEvent; raises the error it failed with. To leave before the end cancels it.
+
+        RequestError where a listener gets them.
+        """
+        if self._listener is not None:
+            raise RequestError("the request's events go to its listener: wait for its result, or submit it without one")
+        return self._iterate()
+
+    def _iterate(self) -> Iterator[TokenEvent | FinishEvent]:
         try:
             while True:
                 event = self._events.get()
+                if not isinstance(event, TokenEvent):
+                    self._events.put(event)  # whoever iterates again comes to the end, too
                 if isinstance(event, FailEvent):
                     raise event.error
                 yield event
@@ -107,7 +128,7 @@ class Ticket:
         else:
             try:
                 self._listener(event)
-            except Exception:  # a listener's fault must not stop the others' requests
+            except BaseException:  # whatever it is: a listener's fault must not stop the others' requests
                 logger.exception("a listener failed")
         if not isinstance(event, TokenEvent):
             self._done.set()
@@ -128,12 +149,13 @@ class Server:
         self._cancelled: deque[Ticket] = deque()
         self._closing_s: float | None = None  # when what still runs will be ended
         self._thread: threading.Thread | None = None
-        self._process = os.getpid()
         # What follows belongs to the thread.
         self._cores: dict[str, Core] = {}
         self._tickets: dict[Row, Ticket] = {}
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._order = itertools.count()
+        with _SERVERS_LOCK:
+            _SERVERS.add(self)
 
     # ----------------------------------------------------------------------------------------------------- any thread
 
@@ -161,15 +183,16 @@ class Server:
             self._cancelled.append(ticket)
             self._news.notify()
 
-    def close(self, timeout_s: float) -> None:
-        """Take no more requests; what runs may finish for `timeout_s`, then it fails by name. Waits for the thread."""
+    def close(self, timeout_s: float, join_s: float | None = None) -> None:
+        """Take no more requests; what runs may finish for `timeout_s`, then it fails by name. Waits for the thread, `join_s` at
+        most."""
         with self._news:
             until = time.perf_counter() + timeout_s
             self._closing_s = until if self._closing_s is None else min(self._closing_s, until)
             self._news.notify()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            thread.join(join_s)
 
     @property
     def cores(self) -> list[Core]:
@@ -182,12 +205,6 @@ class Server:
         return len(self._arrived) + sum(core.scheduler.num_waiting for core in self.cores)
 
     def _start_thread(self) -> None:
-        if self._process != os.getpid():  # a forked worker has neither the parent's thread nor its requests
-            self._process, self._thread = os.getpid(), None
-            self._arrived.clear()
-            self._cancelled.clear()
-            self._deadlines.clear()
-            self._cores, self._tickets = {}, {}
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="flora-engine", daemon=True)
             self._thread.start()
@@ -203,25 +220,31 @@ class Server:
             except Exception as error:  # a fault of the engine's own: its requests end by name, and it begins afresh
                 logger.exception("the engine's thread failed")
                 with self._turns:
-                    told = [told for method in list(self._cores) for told in self._abandon(method, error)]
+                    methods = {ticket.method for ticket in self._tickets.values()}
+                    told = [told for method in methods for told in self._abandon(method, error)]
                 self._tell(told)
 
     def _round(self) -> bool:
         """Take in what has come, end what has to end, and run a step; False once all is done and the engine is closing."""
         with self._news:
-            while not (self._arrived or self._cancelled or self._tickets or self._closing_s is not None):
-                self._news.wait()
-            arrived, cancelled = list(self._arrived), list(self._cancelled)
-            self._arrived.clear()
+            if not self._news.wait_for(self._has_work, IDLE_S):
+                self._thread = None
+                return False
+            cancelled = list(self._cancelled)
             self._cancelled.clear()
             overdue = self._overdue()
             closing_s = self._closing_s
         with self._turns:
-            self._take_in(arrived)
+            self._take_in()
             self._end(cancelled, overdue, closing_s)
         if self._tickets and not self._step():
             self._bank.wait_until_ready(WAIT_FOR_ADAPTERS_S)
+        if not self._tickets:
+            self._cores.clear()  # and with them their caches
         return bool(self._tickets) or closing_s is None
+
+    def _has_work(self) -> bool:
+        return bool(self._arrived or self._cancelled or self._tickets or self._closing_s is not None)
 
     def _overdue(self) -> list[Ticket]:
         now, overdue = time.perf_counter(), []
@@ -229,11 +252,12 @@ class Server:
             overdue.append(heapq.heappop(self._deadlines)[2])
         return overdue
 
-    def _take_in(self, arrived: list[Ticket]) -> None:
-        for ticket in arrived:
+    def _take_in(self) -> None:
+        while self._arrived:  # one by one: whatever is wrong with one, the next is still there
+            ticket = self._arrived.popleft()
+            self._tickets[ticket._row] = ticket
             if ticket.method not in self._cores:
                 self._cores[ticket.method] = self._make_core(ticket.method)
-            self._tickets[ticket._row] = ticket
             self._cores[ticket.method].add(ticket._row)
 
     def _end(self, cancelled: list[Ticket], overdue: list[Ticket], closing_s: float | None) -> None:
@@ -265,18 +289,18 @@ class Server:
                     told = [*core.told, *self._abandon(method, error)]
             moved = moved or bool(told) or bool(core.scheduler.num_running)
             self._tell(told)
-        if not self._tickets:
-            self._cores.clear()  # and with them their caches
         return moved
 
     def _abandon(self, method: str, error: Exception) -> list[Told]:
         """Drop a core that is in disorder and fail its requests."""
-        del self._cores[method]
+        core = self._cores.pop(method, None)
         told: list[Told] = []
         sentence = f"the engine failed while the request ran ({type(error).__name__}): send it again"
         for row, ticket in self._tickets.items():
             if ticket.method == method and not row.done:
-                row.error = ServingError(sentence)
+                row.error, row.times.finished_s = ServingError(sentence), time.perf_counter()
+                if core is not None:
+                    core.counts.failed += 1
                 told.append((row, FailEvent(row.index, row.error)))
             if ticket.method == method and row.slot is not None:
                 self._bank.unpin(row.slot)
@@ -288,3 +312,57 @@ class Server:
             self._tickets[row]._tell(event)
             if not isinstance(event, TokenEvent):
                 del self._tickets[row]
+
+    def _after_fork(self) -> None:
+        """In the child, which has not the thread, and whose parent answers the requests."""
+        self._news, self._thread = threading.Condition(), None
+        self._turns.after_fork()
+        for core in self.cores:
+            core.close()
+        self._arrived.clear()
+        self._cancelled.clear()
+        self._deadlines.clear()
+        self._cores, self._tickets = {}, {}
+
+
+def _close_all() -> None:
+    """Before the interpreter ends: it would end the threads in the midst of a forward, and the process with them."""
+    for server in list(_SERVERS):
+        server.close(0.0, join_s=EXIT_S)
+        server._bank.close()
+
+
+atexit.register(_close_all)
+
+# A process is forked only between steps: the child would get a batch that is half computed, and locks that are held for ever.
+
+_forking: list[Server] = []
+
+
+def _before_fork() -> None:
+    _SERVERS_LOCK.acquire()
+    _forking.extend(_SERVERS)
+    for server in _forking:
+        server._turns.__enter__()
+    for server in _forking:
+        server._news.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    for server in _forking:
+        server._news.release()
+        server._turns.__exit__()
+    _forking.clear()
+    _SERVERS_LOCK.release()
+
+
+def _after_fork_in_child() -> None:
+    for server in _forking:
+        server._after_fork()
+        server._turns.__exit__()
+    _forking.clear()
+    _SERVERS_LOCK.release()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
