@@ -17,6 +17,7 @@ from profiling.dashboard.accuracy import build_accuracy_tab
 from profiling.dashboard.api import add_endpoints
 from profiling.dashboard.compare import build_compare_tab
 from profiling.dashboard.device import Device, StopSignals
+from profiling.dashboard.live_load import LiveLoads, build_live_load_tab
 from profiling.dashboard.live_plot import plotly_route
 from profiling.dashboard.theme import CSS_FILE, theme
 
@@ -27,14 +28,15 @@ MAX_FILE_SIZE = "10mb"
 
 
 class Page(gr.Blocks):
-    """The page with the device it runs on; closing it stops the run under way."""
+    """The page with the device it runs on; closing it stops the run under way, and the visitors' loads."""
 
-    def __init__(self, device: Device, **keywords: Any):
+    def __init__(self, device: Device, loads: LiveLoads, **keywords: Any):
         super().__init__(**keywords)
-        self.device = device
+        self.device, self.loads = device, loads
 
     def close(self, verbose: bool = True) -> None:
         self.device.close()
+        self.loads.close()
         super().close(verbose)
 
 
@@ -43,19 +45,22 @@ def build(engines: Mapping[str, Engine], results_folder: str | os.PathLike | Non
 
     results_folder: the recorded evaluations that the Accuracy tab shows; it may be empty, or not there. None: those that ship.
     """
-    device, stops = Device(), StopSignals()
-    with Page(device, title=TITLE, analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=True) as demo:
+    device, stops, loads = Device(), StopSignals(), LiveLoads(engines)
+    with Page(device, loads, title=TITLE, analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=True) as demo:
         with gr.Column(elem_id="flora-page"):
             gr.HTML(_head(engines), apply_default_css=False, elem_id="head")
             with gr.Tabs(elem_classes="tabs"):
                 with gr.Tab("Compare", id="compare"):
                     build_compare_tab(engines, device, stops)
+                with gr.Tab("Live load", id="live-load"):
+                    build_live_load_tab(loads, device_line(engines))
                 with gr.Tab("Accuracy", id="accuracy") as accuracy_tab:
                     build_accuracy_tab(accuracy_tab, Path(results_folder or workload.ASSETS / "results"))
         add_endpoints(engines, device)
 
         def forget(request: gr.Request) -> None:
             stops.forget(request.session_hash)
+            loads.forget(request.session_hash)
 
         demo.unload(forget)
     demo.queue(max_size=MAX_QUEUE, default_concurrency_limit=None)
