@@ -67,7 +67,13 @@ class _Stack:
     B: Tensor  # (slots, r, d_out)
     ranks: list[int]  # true rank by slot; 0 where the slot has nothing on this layer
     biases: dict[int, Tensor] = field(default_factory=dict)  # slot → (d_out,), where it is not the layer's own
+    rank_stride: int = field(init=False)  # r: the largest rank that a slot has room for
+    slot_bytes: int = field(init=False)  # of A and B together
     _rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _, self.rank_stride, d_in = self.A.shape
+        self.slot_bytes = self.rank_stride * (d_in + self.B.shape[2]) * self.A.element_size()
 
     def rows(self, slot: int) -> tuple[Tensor, Tensor]:
         """A slot's part of A (r · d_in,) and of B (r · d_out,), to be written to."""
@@ -82,6 +88,7 @@ class _Stack:
             new[:, : old.shape[1]] = old
         self.A, self.B = grown
         self._rows.clear()
+        self.__post_init__()
 
 
 class MergedWeights(dict[str, Tensor]):
@@ -120,11 +127,11 @@ class BatchServing:
         if not any(ranks):
             return None
         stack = self.bank.stack(self.family, layer)
-        key = (ranks, stack.A.shape[1])
+        key = (ranks, stack.rank_stride)
         if key not in self._routings:
             # A slot without factors on this layer runs as the identity there.
             slots = [slot if stack.ranks[slot] else IDENTITY_SLOT for slot in self.slots]
-            self._routings[key] = ops.route(slots, stack.ranks, stack.A.shape[1], self.bank.device)
+            self._routings[key] = ops.route(slots, stack.ranks, stack.rank_stride, self.bank.device)
         merged_weight = None if self._merged_weights is None else self._merged(layer, stack)
         routing = self._routings[key]
         if self._keeps_factors(stack):
@@ -133,7 +140,7 @@ class BatchServing:
 
     def _keeps_factors(self, stack: _Stack) -> bool:
         """On a CPU, gathering them at each step would be a tenth of a small model's step; those of a large one are too many."""
-        per_layer = len(self.slots) * (stack.A[0].nbytes + stack.B[0].nbytes)
+        per_layer = len(self.slots) * stack.slot_bytes
         return self.bank.device.type == "cpu" and per_layer * len(self.bank.layers) <= KEPT_BYTES
 
     def _merged(self, layer: str, stack: _Stack) -> Tensor:
@@ -546,16 +553,16 @@ class AdapterBank:
             targets, layout = [], factors.layout
             for part in layout.layers:
                 stack = self._stack_with_room(layout.family, part.layer, part.rank)
+                fills_slot = part.rank == stack.rank_stride
                 for row, size in zip(stack.rows(slot), (part.size_A, part.size_B), strict=True):
                     if size == 0:
                         row.fill_(1.0)
                     else:
-                        targets.append(row if size == len(row) else row[:size])
+                        targets.append(row if fills_slot else row[:size])
                 stack.ranks[slot] = part.rank
-                bias = self.layers[part.layer].bias
-                if part.scales_bias and bias is not None:
+                if part.scales_bias and self.layers[part.layer].bias is not None:
                     scale = factors.bias_scales[part.layer].to(self.device)
-                    stack.biases[slot] = (bias * scale).to(self.dtype)
+                    stack.biases[slot] = (self.layers[part.layer].bias * scale).to(self.dtype)
             numbers = factors.numbers.to(self.device, non_blocking=True)
             torch._foreach_copy_(targets, list(numbers.split(layout.sizes)))
 
@@ -570,7 +577,7 @@ class AdapterBank:
             A[IDENTITY_SLOT, 0] = 1.0
             B[IDENTITY_SLOT, 0] = 1.0
             stack = self._stacks[family, layer] = _Stack(A, B, [0] * slots)
-        elif rank > stack.A.shape[1]:
+        elif rank > stack.rank_stride:
             stack.grow(rank)
         return stack
 
