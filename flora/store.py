@@ -265,6 +265,7 @@ class AdapterStore:
                 return
             self._wanted.pop(stored, None)
             self._ahead.pop(stored, None)
+            stored.is_awaited = False
         started_s = time.perf_counter()
         packed = self._read(stored)
         with self.lock:
@@ -309,7 +310,7 @@ class AdapterStore:
         if stored.is_current and stored.packed is None:
             stored.counters.loads += 1
             stored.counters.load_s += seconds
-            stored.packed = packed
+            stored.packed, stored.failure = packed, None
             self.put(stored)
 
     # -------------------------------------------------------------------------------------------- background reader

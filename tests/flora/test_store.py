@@ -366,6 +366,16 @@ def test_nobody_is_refused_for_a_failure_that_nobody_waited_for():
     assert gate.num_reads == 2
 
 
+def test_a_failure_that_nobody_was_told_of_is_forgotten_once_it_was_read(shelf):
+    bank = shelf.bank
+    delete(shelf)
+    assert bank.pin("a", "flora") is None
+    assert bank.wait_until_ready(PATIENCE_S)  # and whoever asked has gone
+    shelf.write("a", 0)
+    bank.unpin(bank.pin_now("a", "flora"))
+    come_and_go(bank, "b", "a")
+
+
 # ------------------------------------------------------------------------------- changes while a read is under way
 
 
