@@ -1,4 +1,4 @@
-"""The measuring command line: `python -m profiling compare|load|forms|targets …`."""
+"""The measuring command line: `python -m profiling compare|load|sweep|forms|targets …`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import NoReturn
 COMMANDS = {
     "compare": "profiling.compare_command",
     "load": "profiling.load_command",
+    "sweep": "profiling.sweep_command",
     "forms": "profiling.forms",
     "targets": "profiling.dashboard.targets",
+    "serving": "profiling.serving",
 }
 """Sub-command → the module whose `run(options)` does it, imported once it is asked for."""
 
@@ -51,21 +53,24 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", metavar="FILE", help="write a JSONL row per method and kind")
     compare.add_argument("--report", metavar="FILE", help="write a report; the suffix says which: .html, .md or .csv")
     _add_load(commands)
+    _add_sweep(commands)
     _add_forms(commands)
     _add_targets(commands)
+    _add_serving(commands)
     return parser
 
 
-def _add_models(command: argparse.ArgumentParser) -> None:
-    """Which models and adapters."""
+def _add_models(command: argparse.ArgumentParser, with_adapters: bool = True) -> None:
+    """Which models, and which adapters of them."""
     for kind in ("code", "speech"):
         command.add_argument(f"--{kind}-model", metavar="MODEL", help=f"folder or hub id; default: the embedded {kind} model")
-        command.add_argument(
-            f"--{kind}-adapters",
-            nargs="+",
-            metavar="TAG=FOLDER",
-            help="a tag may be given twice, once per family; default: the adapters that ship",
-        )
+        if with_adapters:
+            command.add_argument(
+                f"--{kind}-adapters",
+                nargs="+",
+                metavar="TAG=FOLDER",
+                help="a tag may be given twice, once per family; default: the adapters that ship",
+            )
 
 
 def _add_machine(command: argparse.ArgumentParser) -> None:
@@ -87,30 +92,12 @@ def _add_load(commands: argparse._SubParsersAction) -> None:
     _add_models(load)
     arrivals = load.add_argument_group("arrivals")
     arrivals.add_argument("--rate", type=float, metavar="N", help="requests a second, inf: all at once; default: 8")
-    arrivals.add_argument(
-        "--burstiness",
-        type=float,
-        default=1.0,
-        metavar="SHAPE",
-        help="of the gamma distribution of the times between arrivals, as in vLLM's bench serve; 1 is a Poisson process, "
-        "less comes in bursts; default: 1",
-    )
+    _add_burstiness(arrivals)
     arrivals.add_argument("--concurrency", type=int, metavar="N", help="instead of a rate: N requests at a time, a closed loop")
     arrivals.add_argument("--requests", type=int, metavar="N", help="of each run; default: 200")
     arrivals.add_argument("--duration", type=float, metavar="SECONDS", help="of each run, instead of a number of requests")
     asked = load.add_argument_group("what is asked")
-    asked.add_argument(
-        "--prompt-tokens",
-        default="given",
-        metavar="LENGTHS",
-        help="given (as they are), N, uniform:FEWEST-MOST, normal:MEAN,STD or lognormal:MEAN,STD; default: given",
-    )
-    asked.add_argument(
-        "--new-tokens",
-        default="uniform:16-64",
-        metavar="LENGTHS",
-        help="the same; given: as many as the known answer has, or a row's max_new_tokens; default: uniform:16-64",
-    )
+    _add_lengths(asked)
     asked.add_argument("--prompts", metavar="FILE", help="JSON or JSONL rows {prompt or audio, max_new_tokens} to ask instead")
     asked.add_argument("--mix", default="code", metavar="SHARES", help="such as code=0.8,speech=0.2; default: code")
     asked.add_argument(
@@ -136,7 +123,6 @@ def _add_load(commands: argparse._SubParsersAction) -> None:
         help="write random adapters there, to be read again from disk; default: kept in memory",
     )
     engine = load.add_argument_group("engine")
-    engine.add_argument("--max-batch-size", type=int, default=32, metavar="N", help="requests that run at once; default: 32")
     engine.add_argument("--adapter-slots", type=int, default=64, metavar="N", help="adapters on the device at once; default: 64")
     engine.add_argument(
         "--host-adapters-mb", type=int, default=2048, metavar="MB", help="of adapters kept in memory besides; default: 2048"
@@ -147,7 +133,7 @@ def _add_load(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="requests that may wait, more are refused; default: 256, or all that come at once",
     )
-    engine.add_argument("--max-batch-tokens", type=int, default=2048, metavar="N", help="read and written in a step; default: 2048")
+    _add_batch(engine)
     _add_machine(engine)
     measuring = load.add_argument_group("measuring")
     measuring.add_argument(
@@ -157,19 +143,92 @@ def _add_load(commands: argparse._SubParsersAction) -> None:
         metavar="NAME:MS",
         help="count the requests that keep every limit: ttft, tpot, e2e in milliseconds, such as ttft:500 tpot:50",
     )
-    measuring.add_argument("--warmup", type=int, default=16, metavar="N", help="requests before each run, not counted; default: 16")
-    measuring.add_argument("--repeats", type=int, default=1, metavar="N", help="runs of each method, in turns; default: 1")
-    measuring.add_argument("--seed", type=int, default=0, metavar="N")
-    measuring.add_argument(
-        "--no-saturation-stop",
-        action="store_true",
-        help="go on where queue and TTFT both grow significantly, so that the numbers tell only how long the run was",
-    )
+    _add_measuring(measuring)
     output = load.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write a JSONL row per method and kind; - for standard output")
     output.add_argument("--csv", metavar="FILE", help="write the same figures as a table")
     output.add_argument("--per-request", metavar="FILE", help="write a table with a line per request")
     output.add_argument("--report", metavar="FILE.html", help="write a page with tables and charts that needs nothing else")
+
+
+def _add_sweep(commands: argparse._SubParsersAction) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="throughput and latency by rank, with random adapters: the shape of the paper's Figures 2 and 3",
+        description="For each rank, serve requests with random adapters of it: all at once for throughput, at a rate for latency, "
+        "the methods in turn.",
+    )
+    sweep.add_argument("--methods", nargs="+", default=["flora", "bmm-lora"], metavar="METHOD", help="default: flora bmm-lora")
+    _add_models(sweep, with_adapters=False)
+    asked = sweep.add_argument_group("what is asked")
+    asked.add_argument("--kind", choices=("code", "speech"), default="code", help="of the model; default: code")
+    asked.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16], metavar="R", help="default: 1 2 4 8 16")
+    asked.add_argument(
+        "--rate",
+        nargs="+",
+        default=["8", "15"],
+        metavar="N",
+        help="requests a second at which latency is measured, or auto: half and four fifths of what the slowest method served at "
+        "the lowest rank; default: 8 15, the paper's",
+    )
+    _add_burstiness(asked)
+    asked.add_argument("--requests", type=int, default=100, metavar="N", help="of each run; default: 100, the paper's were 1000")
+    _add_lengths(asked)
+    asked.add_argument("--popularity", default="distinct", metavar="NAME", help="of the adapters, as in load; default: distinct")
+    asked.add_argument("--adapters", type=int, default=8, metavar="N", help="random ones of each rank; default: 8")
+    engine = sweep.add_argument_group("engine")
+    _add_batch(engine)
+    _add_machine(engine)
+    _add_measuring(sweep.add_argument_group("measuring"))
+    output = sweep.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write a JSONL row per rank, rate and method; - for standard output")
+    output.add_argument("--csv", metavar="FILE", help="write the same figures as a table")
+    output.add_argument("--report", metavar="FILE.html", help="write a page with the charts that needs nothing else")
+
+
+def _add_burstiness(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--burstiness",
+        type=float,
+        default=1.0,
+        metavar="SHAPE",
+        help="of the gamma distribution of the times between arrivals, as in vLLM's bench serve; 1 is a Poisson process, "
+        "less comes in bursts; default: 1",
+    )
+
+
+def _add_lengths(group: argparse._ArgumentGroup) -> None:
+    """How long prompts and answers are."""
+    group.add_argument(
+        "--prompt-tokens",
+        default="given",
+        metavar="LENGTHS",
+        help="given (as they are), N, uniform:FEWEST-MOST, normal:MEAN,STD or lognormal:MEAN,STD; default: given",
+    )
+    group.add_argument(
+        "--new-tokens",
+        default="uniform:16-64",
+        metavar="LENGTHS",
+        help="the same; given: as many as the known answer has; default: uniform:16-64",
+    )
+
+
+def _add_batch(group: argparse._ArgumentGroup) -> None:
+    """How much runs at once."""
+    group.add_argument("--max-batch-size", type=int, default=32, metavar="N", help="requests that run at once; default: 32")
+    group.add_argument("--max-batch-tokens", type=int, default=2048, metavar="N", help="read and written in a step; default: 2048")
+
+
+def _add_measuring(group: argparse._ArgumentGroup) -> None:
+    """How runs are repeated, and when one ends early."""
+    group.add_argument("--warmup", type=int, default=16, metavar="N", help="requests before each run, not counted; default: 16")
+    group.add_argument("--repeats", type=int, default=1, metavar="N", help="runs of each method, in turns; default: 1")
+    group.add_argument("--seed", type=int, default=0, metavar="N")
+    group.add_argument(
+        "--no-saturation-stop",
+        action="store_true",
+        help="go on where queue and TTFT both grow significantly, so that the numbers tell only how long the run was",
+    )
 
 
 def _add_forms(commands: argparse._SubParsersAction) -> None:
@@ -198,6 +257,20 @@ def _add_targets(commands: argparse._SubParsersAction) -> None:
     targets.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="per request; default: 48")
     targets.add_argument("--repeats", type=int, default=3, metavar="N", help="of the decode comparison; default: 3")
     targets.add_argument("--json", metavar="FILE", help="write a JSONL row per promise")
+
+
+def _add_serving(commands: argparse._SubParsersAction) -> None:
+    serving = commands.add_parser(
+        "serving",
+        help="the engine beside PEFT's mixed batch, merged weights and few adapters; its own time; goodput",
+        description="Measure the engine on the embedded code model beside what it has to beat, the contestants taking turns.",
+    )
+    parts = ["peft", "overhead", "merged", "adapters", "goodput"]
+    serving.add_argument("--part", nargs="+", choices=parts, default=parts, metavar="PART", help=f"default: {' '.join(parts)}")
+    serving.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="per request; default: 64")
+    serving.add_argument("--rounds", type=int, default=5, metavar="N", help="of each comparison; default: 5")
+    serving.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads; default: torch's own choice")
+    serving.add_argument("--json", metavar="FILE", help="write a JSONL row per figure")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,313 @@
+"""The engine beside what it has to beat, and its own time: the figures that decide whether serving many adapters at once pays.
+
+Contestants take turns, round after round, in one process, on the same requests; a figure is the median of the rounds' ratios with
+its bootstrap interval. `peft` is PEFT's own mixed batch, `PeftModel.generate(adapter_names=…)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from flora.corpus.code import example_prompts
+from flora.engine import Engine, Request
+from flora.errors import RequestError
+from profiling import hardware, report, workload
+from profiling.document import text_table
+from profiling.load_metrics import figures_of
+from profiling.load_runs import LoadSettings, MethodRun, run_load, sources_of
+from profiling.loading import add_random_adapters, set_threads
+from profiling.timing import Ratio, median, paired_ratio
+from profiling.traffic import Lengths, Traffic
+
+METHODS = ("flora", "bmm-lora")
+NUM_ADAPTERS = 8  # distinct ones in the batch beside PEFT's
+BATCH = 16  # of the other parts
+MANY_ADAPTERS = 2000
+ROUNDS_OF_LOAD = 12  # requests under load, in batches
+MODEL, ADAPTERS = workload.ASSETS / "models" / "code", workload.ASSETS / "adapters" / "code"
+GOODPUT_LIMITS = {"ttft": 0.5, "tpot": 0.05}  # seconds
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure and what it should be. target: at least that, or, with at_most, at most that; None: told, not judged."""
+
+    part: str
+    what: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    target: float | None
+    at_most: bool = False
+    unit: str = "×"
+
+    @property
+    def holds(self) -> bool | None:
+        if self.target is None:
+            return None
+        return self.value <= self.target if self.at_most else self.value >= self.target
+
+    @classmethod
+    def of_ratio(cls, part: str, what: str, ratio: Ratio, target: float | None) -> Figure:
+        return cls(part, what, ratio.median, ratio.low, ratio.high, ratio.n, target)
+
+    def as_row(self) -> dict:
+        return asdict(self) | {"holds": self.holds}
+
+    def cells(self) -> list[str]:
+        def number(value: float) -> str:
+            return f"{100 * value:.0f} %" if self.unit == "%" else f"{value:.3g}{self.unit}"
+
+        interval = "" if self.low is None else f" [{number(self.low)}, {number(self.high)}]"
+        wanted = "" if self.target is None else f"{'at most' if self.at_most else 'at least'} {number(self.target)}"
+        holds = {None: "", True: "yes", False: "NO"}[self.holds]
+        return [self.part, self.what, number(self.value) + interval, wanted, holds]
+
+
+Progress = Callable[[str], None]
+
+
+def code_engine(tags: Sequence[str] = (), **options) -> Engine:
+    """An engine of the embedded code model with these shipped adapters, of both families."""
+    sources = {tag: [ADAPTERS / tag / "flora", ADAPTERS / tag / "lora"] for tag in tags}
+    return Engine.from_pretrained(MODEL, sources, device="cpu", **options)
+
+
+def _requests(tags: Sequence[str], num_new_tokens: int) -> list[Request]:
+    """A prompt of its own language for each shipped tag, of any for others."""
+    prompts = example_prompts()
+    of_any = [texts[0] for texts in prompts.values()]
+    return [
+        Request(
+            prompts[tag][0] if tag in prompts else of_any[place % len(of_any)],
+            adapter=tag,
+            max_new_tokens=num_new_tokens,
+            ignore_eos=True,
+        )
+        for place, tag in enumerate(tags)
+    ]
+
+
+def _in_turn(contestants: Mapping[str, Callable[[], object]], rounds: int, tell: Progress) -> dict[str, list[float]]:
+    """Seconds of each, round after round; one round before them is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for round_number in range(-1, rounds):
+        for name, run in contestants.items():
+            started = time.perf_counter()
+            run()
+            if round_number >= 0:
+                seconds[name].append(time.perf_counter() - started)
+        tell(f"round {round_number + 1} of {rounds}")
+    return seconds
+
+
+# --------------------------------------------------------------------------------------------------------------- PEFT
+
+
+class PeftBatch:
+    """PEFT's own mixed batch: one base model with every tag's LoRA adapter, and a greedy `generate` of one prompt each."""
+
+    def __init__(self, tags: Sequence[str], requests: Sequence[Request]) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(MODEL, padding_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        first, *others = tags
+        with warnings.catch_warnings():  # it suspects the tag `r` of being part of its own tensors' names
+            warnings.filterwarnings("ignore", message="Adapter name")
+            self.model = PeftModel.from_pretrained(model, ADAPTERS / first / "lora", adapter_name=first).eval()
+            for tag in others:
+                self.model.load_adapter(ADAPTERS / tag / "lora", adapter_name=tag)
+        model.generation_config.eos_token_id = None  # as `ignore_eos`
+        self.tags, self.num_new_tokens = list(tags), requests[0].max_new_tokens
+        self.inputs = tokenizer([request.prompt for request in requests], return_tensors="pt", padding=True)
+
+    @torch.inference_mode()
+    def generate(self) -> list[list[int]]:
+        """Each prompt's new tokens."""
+        output = self.model.generate(
+            **self.inputs, adapter_names=self.tags, max_new_tokens=self.num_new_tokens, do_sample=False, pad_token_id=0
+        )
+        return output[:, self.inputs["input_ids"].shape[1] :].tolist()
+
+
+def beside_peft(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[Figure]:
+    """Tokens a second of the engine over those of PEFT's mixed batch, eight distinct adapters of rank 4 in one batch.
+
+    And the share of bmm-lora's tokens that are PEFT's, which has the same adapters: below all of them it is no comparison.
+    """
+    tags = sorted(path.name for path in ADAPTERS.iterdir())[:NUM_ADAPTERS]
+    requests = _requests(tags, num_new_tokens)
+    engine, peft = code_engine(tags), PeftBatch(tags, requests)
+    theirs = peft.generate()
+    ours = [completion.token_ids for completion in engine.generate(requests, "bmm-lora")]
+    num_tokens = len(tags) * num_new_tokens
+    pairs = zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True)
+    agreeing = sum(own == their for own, their in pairs)
+    yield Figure("peft", "bmm-lora's tokens that are PEFT's", agreeing / num_tokens, None, None, num_tokens, 1.0, unit="%")
+    served = {method: partial(engine.generate, requests, method) for method in (*METHODS, "base")}
+    contestants = {"peft": peft.generate, **served}
+    seconds = _in_turn(contestants, rounds, tell)
+    for method in METHODS:
+        what = f"{method}: tokens/s over PEFT's mixed batch, {len(tags)} adapters"
+        yield Figure.of_ratio("peft", what, paired_ratio(seconds["peft"], seconds[method]), 3.0)
+    yield Figure.of_ratio("peft", "base: the same, without adapters", paired_ratio(seconds["peft"], seconds["base"]), None)
+    for name, taken in seconds.items():
+        yield Figure("peft", f"{name}: a step", 1000 * median(taken) / num_new_tokens, None, None, rounds, None, unit=" ms")
+    engine.close()
+
+
+# ----------------------------------------------------------------------------------------------------------- own time
+
+
+def own_time(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[Figure]:
+    """The engine's share of a decode step at batch 16, everything but the model's forward, measured on its own thread."""
+    tags = sorted(path.name for path in ADAPTERS.iterdir())
+    requests = _requests([tags[place % len(tags)] for place in range(BATCH)], num_new_tokens)
+    engine = code_engine(tags)
+    begun: list[float] = []
+    spent: list[float] = []
+    hooks = (
+        engine.model.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter())),
+        engine.model.register_forward_hook(lambda *_: spent.append(time.perf_counter() - begun[-1])),
+    )
+    try:
+        for method in METHODS:
+            engine.generate(requests, method)
+            shares = []
+            for round_number in range(rounds):
+                begun.clear(), spent.clear()
+                engine.generate(requests, method)
+                # A step is from one forward's beginning to the next one's; the prefill's and the last one are left out.
+                steps = zip(begun[1:-1], begun[2:], spent[1:-1], strict=True)
+                shares += [1 - forward / (end - begin) for begin, end, forward in steps]
+                tell(f"{method}, round {round_number + 1} of {rounds}")
+            what = f"{method}: the engine's own share of a decode step, batch {BATCH}"
+            yield Figure("overhead", what, median(shares), None, None, len(shares), 0.15, at_most=True, unit="%")
+    finally:
+        for hook in hooks:
+            hook.remove()
+        engine.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- merged
+
+
+def beside_merged(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[Figure]:
+    """A batch of 16 distinct adapters over the same requests one after another, each with its adapter merged into the weights."""
+    engine = code_engine()
+    tags = add_random_adapters(engine, BATCH, 4, METHODS)
+    requests = _requests(tags, num_new_tokens)
+
+    def one_by_one() -> None:
+        for request in requests:
+            engine.generate([request], "merged")
+
+    contestants = {"merged": one_by_one, **{method: partial(engine.generate, requests, method) for method in METHODS}}
+    seconds = _in_turn(contestants, rounds, tell)
+    for method in METHODS:
+        what = f"{method}: {BATCH} distinct adapters in a batch, over merged weights one after another"
+        yield Figure.of_ratio("merged", what, paired_ratio(seconds["merged"], seconds[method]), 5.0)
+    engine.close()
+
+
+# ----------------------------------------------------------------------------------------------------------- under load
+
+
+def _run(engine: Engine, tags: Sequence[str], method: str, traffic: Traffic, **settings) -> MethodRun:
+    engines = {"code": engine}
+    options = LoadSettings(traffic, methods=(method,), **settings)
+    runs = [event for event in run_load(engines, sources_of(engines), {"code": tags}, options) if isinstance(event, MethodRun)]
+    return runs[0]
+
+
+def _tokens_per_s(run: MethodRun) -> float:
+    return sum(len(record.token_s) for record in run.records) / run.duration_s
+
+
+def many_adapters(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[Figure]:
+    """Throughput with 2,000 registered adapters over that with 16, the same number of requests always in flight."""
+    few, many = code_engine(max_batch_size=BATCH), code_engine(max_batch_size=BATCH)
+    few_tags = add_random_adapters(few, BATCH, 4, METHODS)
+    many_tags = add_random_adapters(many, MANY_ADAPTERS, 4, METHODS)
+    lengths = Lengths("fixed", num_new_tokens, num_new_tokens)
+    base = Traffic(num_requests=ROUNDS_OF_LOAD * BATCH, new_tokens=lengths, popularity="uniform")
+    settings = (
+        ("16", few, few_tags, base),
+        ("zipf:1.5", many, many_tags, replace(base, popularity="zipf:1.5")),
+        ("uniform", many, many_tags, replace(base, all_adapters=True)),
+    )
+    for method in METHODS:
+        rates: dict[str, list[float]] = {name: [] for name, *_ in settings}
+        for round_number in range(rounds):
+            for name, engine, tags, traffic in settings:
+                run = _run(engine, tags, method, replace(traffic, seed=round_number), concurrency=2 * BATCH)
+                rates[name].append(_tokens_per_s(run))
+            tell(f"{method}, round {round_number + 1} of {rounds}")
+        for name, target in (("zipf:1.5", 0.8), ("uniform", None)):
+            what = f"{method}: tokens/s with {MANY_ADAPTERS:,} adapters, {name}, over {BATCH}"
+            yield Figure.of_ratio("adapters", what, paired_ratio(rates[name], rates["16"]), target)
+    few.close()
+    many.close()
+
+
+def goodput(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[Figure]:
+    """The share of requests within 0.5 s to the first token and 50 ms per further token, at 80 % of what the engine can do."""
+    engine = code_engine(max_batch_size=BATCH)
+    tags = add_random_adapters(engine, BATCH, 4, METHODS)
+    traffic = Traffic(num_requests=ROUNDS_OF_LOAD * BATCH, new_tokens=Lengths("fixed", num_new_tokens, num_new_tokens))
+    for method in METHODS:
+        shares = []
+        for round_number in range(rounds):
+            full = _run(engine, tags, method, replace(traffic, seed=round_number), concurrency=2 * BATCH)
+            capacity = len(full.records) / full.duration_s  # requests a second
+            open_loop = replace(traffic, seed=round_number, rate=0.8 * capacity)
+            run = _run(engine, tags, method, open_loop, stop_when_saturated=False)
+            shares.append(figures_of(run.records, run.duration_s, GOODPUT_LIMITS).goodput.share)
+            tell(f"{method}, round {round_number + 1} of {rounds}")
+        limits = ", ".join(f"{name.upper()} {1000 * most:.0f} ms" for name, most in GOODPUT_LIMITS.items())
+        what = f"{method}: goodput at 80 % of capacity ({limits})"
+        yield Figure("goodput", what, median(shares), min(shares), max(shares), rounds, 0.95, unit="%")
+    engine.close()
+
+
+MEASURES: dict[str, Callable[[int, int, Progress], Iterator[Figure]]] = {
+    "peft": beside_peft,
+    "overhead": own_time,
+    "merged": beside_merged,
+    "adapters": many_adapters,
+    "goodput": goodput,
+}
+
+
+def run(options: argparse.Namespace) -> int:
+    """What `python -m profiling serving` does; 1 where a figure misses its target. Raises a FloraError for bad input."""
+    if options.max_new_tokens < 8 or options.rounds < 1:
+        raise RequestError("--max-new-tokens must be at least 8 and --rounds at least 1")
+    set_threads(options.threads)
+    transformers_logging.disable_progress_bar()
+    facts = hardware.environment()
+    print(hardware.summary(facts), end="\n\n", flush=True)
+    figures: list[Figure] = []
+    with tqdm(leave=False, disable=None, bar_format="{desc}") as bar:
+        for part in options.part:
+            figures += MEASURES[part](options.max_new_tokens, options.rounds, bar.set_description)
+    print(text_table(("part", "figure", "measured", "target", "holds"), [figure.cells() for figure in figures]))
+    if options.json:
+        shared = {"max_new_tokens": options.max_new_tokens, "seed": 0, "hardware": facts, "command": report.own_command()}
+        rows = [json.dumps(figure.as_row() | shared, ensure_ascii=False, allow_nan=False) for figure in figures]
+        report.write_text(options.json, "\n".join(rows) + "\n")
+    return 1 if any(figure.holds is False for figure in figures) else 0
