@@ -94,6 +94,8 @@ class RowLayer(CacheLayerMixin):
 
 
 def _enlarged(old: Tensor, num_rows: int, num_positions: int) -> Tensor:
+    # Where the device was full in the midst of an earlier attempt, some layers are larger already than the cache says.
+    num_rows, num_positions = max(num_rows, old.shape[0]), max(num_positions, old.shape[2])
     new = old.new_zeros(num_rows, old.shape[1], num_positions, old.shape[3])
     new[: old.shape[0], :, : old.shape[2]] = old
     return new
