@@ -304,7 +304,7 @@ def build_live_load_tab(loads: LiveLoads, device_line: str) -> None:
     most_adapters = min(MAX_ADAPTERS, max((len(engine.adapters) for engine in engines.values()), default=1))
     first = Wish(num_adapters=max(1, most_adapters), speech_percent=20.0 if both else 0.0)
     batch = " and ".join(dict.fromkeys(str(engine.max_batch_size) for engine in engines.values()))
-    facts = f"{device_line} · batch of at most {batch} requests · live, nothing here is recorded"
+    facts = f"{device_line} · at most {batch} requests a batch · live, not recorded"
 
     with gr.Row(equal_height=False, elem_classes="bench load"):
         with gr.Column(scale=4, min_width=300, elem_classes="instrument load-panel"):

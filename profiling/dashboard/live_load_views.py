@@ -170,8 +170,8 @@ def verdict(moment: Moment) -> tuple[str, str]:
     arriving, answered = your_rates(moment.samples, len(moment.samples) - 1, BEHIND_S)
     if moment.saturation is not None:
         return "saturated", (
-            f"Over-saturated: {moment.saturation.reason}. Lower the rate below {answered:.3g} a second, which is what is answered, "
-            "or ask for fewer tokens; until then the latencies only say how long this has lasted."
+            f"Over-saturated: {moment.saturation.reason}. Lower the rate ({answered:.3g} of your requests a second are answered "
+            "now) or ask for fewer tokens; until then the latencies only say how long this has lasted."
         )
     last, then = moment.samples[-1], moment.before(BEHIND_S)
     before_p50, p50 = then.ttft_s.get("p50"), last.ttft_s.get("p50")
@@ -186,6 +186,11 @@ def verdict(moment: Moment) -> tuple[str, str]:
         message = next((record.message for record in reversed(moment.records) if record.outcome == "failed"), None)
         return "running", f"sending · {failed} failed{f', the last one: {message}' if message else ''}"
     return "running", "sending · " + ("all is answered as it comes" if last.num_waiting == 0 else "some have to wait")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as "19.1 ms", or as "4.47 s" where there are that many."""
+    return milliseconds(seconds) if seconds is None or seconds < 1 else f"{seconds:.3g} s"
 
 
 def clock(seconds: float) -> str:
@@ -246,7 +251,7 @@ def readouts(moment: Moment, facts: str) -> dict[str, Any]:
         "tokens": tokens_per_second(last.tokens_per_s),
         "tokens_small": "everybody's",
         "arriving": f"{arriving:.1f}/s",
-        "arriving_small": f"yours · everybody's {everybody_arriving(moment.samples, place):.1f}/s",
+        "arriving_small": f"yours · everybody's let in {everybody_arriving(moment.samples, place):.1f}/s",
         "answered": f"{answered:.1f}/s",
         "answered_small": "yours",
         "engine": f"{last.num_running} <small>run</small> {last.num_waiting} <small>wait</small>",
@@ -258,8 +263,8 @@ def readouts(moment: Moment, facts: str) -> dict[str, Any]:
         "facts": html.escape(facts),
     }
     for name, summary in (("ttft", last.ttft_s), ("tpot", last.tpot_s)):
-        cells[name] = milliseconds(summary.get("p50"))
-        cells[f"{name}_small"] = f"p90 {milliseconds(summary.get('p90'))} · p99 {milliseconds(summary.get('p99'))}"
+        cells[name] = duration(summary.get("p50"))
+        cells[f"{name}_small"] = f"p90 {duration(summary.get('p90'))} · p99 {duration(summary.get('p99'))}"
     ended = [record for record in moment.records if record.ended_s is not None and record.ended_s > moment.now_s - LATENCY_WINDOW_S]
     ended = [record for record in ended if record.outcome != "cancelled"]
     if ended:
@@ -275,7 +280,7 @@ def _limits(limits: Mapping[str, float]) -> str:
 
 
 def everybody_arriving(samples: Sequence[Sample], place: int) -> float:
-    """Requests a second of everybody's, over the seconds before a sample: a sample knows those of its last second."""
+    """Requests a second of everybody's that the engines took in, over the seconds before a sample, which knows its last second."""
     recent: list[float] = []
     for then in range(place, -1, -1):
         if samples[then].time_s <= samples[place].time_s - RATE_S:
@@ -332,7 +337,7 @@ def charts(moment: Moment, look: Look) -> dict[str, dict[str, Any]]:
         layout |= {"margin": {"l": 42, "r": 10, "t": 44, "b": 22}, "uirevision": f"load {moment.number}", **_marks(moment)}
         heading = {"text": f"{title}, {unit}", "x": 0, "xanchor": "left", "yref": "container", "y": 0.985, "font": {"size": 11}}
         layout["title"] = heading
-        layout["legend"] |= {"x": 0, "xref": "paper", "y": 1.01, "font": {"size": 10}, "traceorder": order}
+        layout["legend"] |= {"x": 0, "y": 1.01, "font": {"size": 10}, "traceorder": order}
         layout["xaxis"] |= {"tickvals": _TICKS, "ticktext": [*(f"−{-tick} s" for tick in _TICKS[:-1]), "now"]}
         layout["xaxis"]["title"] = {"text": ""}
         layout["yaxis"] |= {"title": {"text": ""}, "nticks": 5}
@@ -358,15 +363,15 @@ def _requests(moment: Moment, window: list[Sample], first: int, times: list[floa
     everybody = [everybody_arriving(moment.samples, first + place) for place in range(len(window))]
     colour = METHOD_STYLES[moment.method].colour
     traces = [
-        _line("all arriving", times, everybody, _EVERYBODY, "dot", 1.4, "%{y:.1f}/s"),
-        _line("yours", times, [arriving for arriving, _ in yours], _ARRIVING, "dash", 1.8, "%{y:.1f}/s"),
+        _line("everybody's", times, everybody, _EVERYBODY, "dot", 1.4, "%{y:.1f}/s"),
+        _line("arriving", times, [arriving for arriving, _ in yours], _ARRIVING, "dash", 1.8, "%{y:.1f}/s"),
         _line("answered", times, [answered for _, answered in yours], colour, "solid", 2, "%{y:.1f}/s"),
     ]
     highest = max([*everybody, *(max(pair) for pair in yours)], default=0.0)
     arriving, answered = yours[-1] if yours else (0.0, 0.0)
     words = (
         f"{arriving:.1f} of your requests a second arrive and {answered:.1f} are answered; "
-        f"{everybody[-1] if everybody else 0:.1f} of everybody's arrive."
+        f"of everybody's {everybody[-1] if everybody else 0:.1f} are let in. Where answered stays below arriving, the queue grows."
     )
     return value("requests", "requests", "a second", traces, highest, words)
 
@@ -423,7 +428,7 @@ def _latency(name: str, meaning: str, moment: Moment, window: list[Sample], time
     if last:
         words = (
             f"{name.upper()}, {meaning}, of your requests of the last {LATENCY_WINDOW_S:g} s: half took at most "
-            f"{milliseconds(last['p50'])}, nine of ten {milliseconds(last['p90'])}, 99 of 100 {milliseconds(last['p99'])}; "
+            f"{duration(last['p50'])}, nine of ten {duration(last['p90'])}, 99 of 100 {duration(last['p99'])}; "
             "lower is better."
         )
     return value(name, name.upper(), "ms", traces, highest, words, order="reversed")
@@ -471,19 +476,15 @@ def _by_method(moment: Moment, window: list[Sample], values: Sequence[float | No
 def _marks(moment: Moment) -> dict[str, list]:
     """A line where the visitor changed something, and what it was."""
     shapes, annotations = [], []
-    for mark in moment.marks:
-        x = mark.time_s - moment.now_s
+    for place, mark in enumerate(moment.marks):
+        x = round(mark.time_s - moment.now_s, 2)
         if not mark.words or x < -WINDOW_S:
             continue
-        x = round(x, 2)
         line = {"color": _EVERYBODY, "width": 1, "dash": "dot"}
         shapes.append({"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": line})
-        annotations.append(
-            {
-                "x": x, "y": 1, "yref": "paper", "xanchor": "left" if x < -WINDOW_S / 3 else "right", "yanchor": "top",
-                "text": mark.words, "showarrow": False, "font": {"size": 10, "color": _EVERYBODY},
-            }
-        )  # fmt: skip
+        at = {"x": x, "y": 1 - 0.13 * (place % 3), "yref": "paper"}  # neighbours are written at different heights
+        at |= {"xanchor": "right" if x > -WINDOW_S / 5 else "left", "yanchor": "top", "showarrow": False}
+        annotations.append(at | {"text": mark.words, "font": {"size": 10, "color": _EVERYBODY}})
     return {"shapes": shapes, "annotations": annotations}
 
 

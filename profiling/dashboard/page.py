@@ -52,8 +52,9 @@ def build(engines: Mapping[str, Engine], results_folder: str | os.PathLike | Non
             with gr.Tabs(elem_classes="tabs"):
                 with gr.Tab("Compare", id="compare"):
                     build_compare_tab(engines, device, stops)
-                with gr.Tab("Live load", id="live-load"):
-                    build_live_load_tab(loads, device_line(engines))
+                if engines:
+                    with gr.Tab("Live load", id="live-load"):
+                        build_live_load_tab(loads, device_line(engines))
                 with gr.Tab("Accuracy", id="accuracy") as accuracy_tab:
                     build_accuracy_tab(accuracy_tab, Path(results_folder or workload.ASSETS / "results"))
         add_endpoints(engines, device)
