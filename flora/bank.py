@@ -324,7 +324,8 @@ class AdapterBank:
     @property
     def host_bytes_used(self) -> int:
         """What the adapters in host memory take now."""
-        return self._store.bytes_used
+        with self._store.lock:
+            return self._store.bytes_used
 
     def pin(self, name: str | None, method: str) -> int | None:
         """A slot that holds a tag's adapters and keeps them until `unpin`, for one request; slot 0 for no adapter and for `base`.
