@@ -16,6 +16,7 @@ COMMANDS = {
     "forms": "profiling.forms",
     "targets": "profiling.dashboard.targets",
     "serving": "profiling.serving",
+    "soak": "profiling.soak",
 }
 """Sub-command → the module whose `run(options)` does it, imported once it is asked for."""
 
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_forms(commands)
     _add_targets(commands)
     _add_serving(commands)
+    _add_soak(commands)
     return parser
 
 
@@ -271,6 +273,28 @@ def _add_serving(commands: argparse._SubParsersAction) -> None:
     serving.add_argument("--rounds", type=int, default=5, metavar="N", help="of each comparison; default: 5")
     serving.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads; default: torch's own choice")
     serving.add_argument("--json", metavar="FILE", help="write a JSONL row per figure")
+
+
+def _add_soak(commands: argparse._SubParsersAction) -> None:
+    soak = commands.add_parser(
+        "soak",
+        help="long serving near capacity with cancels, disconnects and adapters that change: is anything lost or leaked",
+        description="Measure the capacity, serve at a fraction of it for a long time while requests are cancelled, readers leave "
+        "and adapters are added, replaced and removed, and say each minute what became of the requests. Exit 1 if anything was "
+        "lost or leaked.",
+    )
+    soak.add_argument("--minutes", type=float, default=30.0, metavar="N", help="default: 30")
+    soak.add_argument("--load", type=float, default=0.9, metavar="F", help="fraction of the capacity; default: 0.9")
+    soak.add_argument("--calibrate", type=float, default=30.0, metavar="SECONDS", help="of measuring the capacity; default: 30")
+    soak.add_argument("--method", default="flora", metavar="METHOD", help="default: flora")
+    soak.add_argument("--mix", default="code=0.8,speech=0.2", metavar="SHARES", help="default: code=0.8,speech=0.2")
+    soak.add_argument("--new-tokens", default="uniform:8-48", metavar="LENGTHS", help="of each answer; default: uniform:8-48")
+    soak.add_argument("--adapter-slots", type=int, default=4, metavar="N", help="adapters on the device at once; default: 4")
+    soak.add_argument("--max-batch-size", type=int, default=16, metavar="N", help="requests that run at once; default: 16")
+    _add_models(soak)
+    _add_machine(soak)
+    soak.add_argument("--seed", type=int, default=0, metavar="N")
+    soak.add_argument("--json", metavar="FILE", help="write a JSONL row per minute")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
