@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-MULTIPLY_ADDS_PER_BYTE = {("cpu", 4): 8.0, ("cpu", 2): 40.0, ("cuda", 4): 8.0, ("cuda", 2): 40.0}
+MULTIPLY_ADDS_PER_BYTE = {("cpu", 4): 3.0, ("cpu", 2): 40.0, ("cuda", 4): 8.0, ("cuda", 2): 40.0}
 """Multiply-adds a device does in the time it moves one byte to or from memory, by bytes of a weight: the balance of its roofline.
-cpu: read off `python -m profiling forms` on a server core with AVX-512 (float32) and AMX (bfloat16); cuda: from data sheets
-(float32 without TF32; half precision at a tenth of an H100's dense peak, as small products reach), to be replaced by a
-measurement."""
+cpu: read off `python -m profiling forms` on server cores of two makers with AVX-512 (float32) and on one with AMX (bfloat16);
+cuda: from data sheets (float32 without TF32; half precision at a tenth of an H100's dense peak, as small products reach), to be
+replaced by a measurement."""
 
 MODULATE_PASSES = 5
 
