@@ -8,6 +8,7 @@ answer or in a named error; memory, threads and adapter slots have to be at the 
 from __future__ import annotations
 
 import argparse
+import heapq
 import itertools
 import json
 import random
@@ -41,7 +42,8 @@ REPORT_EVERY_S = 60.0
 CANCELLED, LEFT = 0.10, 0.10
 """Shares of requests that are cancelled, and whose reader leaves."""
 
-CHANGE_ADAPTERS_EVERY_S = 0.5
+CANCEL_AFTER_S = 0.5  # on average
+CHANGE_ADAPTERS_EVERY_S = 0.5  # on average
 SETTLE_S = 60.0
 """How long the last requests may take to end."""
 
@@ -92,6 +94,7 @@ class Soak:
         self._lock = threading.Lock()
         self._outcomes: Counter[str] = Counter()
         self._open: set[int] = set()
+        self._to_cancel: list[tuple[float, int, Ticket]] = []  # a heap: when, number, which
         self._num_sent = self._num_changes = 0
         self._stop = threading.Event()
         self._broken: list[BaseException] = []
@@ -137,7 +140,7 @@ class Soak:
     def _send(self) -> None:
         with ThreadPoolExecutor(8, thread_name_prefix="visitor") as visitors:
             for planned in self.plan:
-                if self._stop.wait(max(0.0, self._started_s + planned.arrival_s - time.perf_counter())):
+                if not self._wait_until(self._started_s + planned.arrival_s):
                     return
                 fate, number = self._choose.random(), self._num_sent
                 self._num_sent += 1
@@ -157,9 +160,20 @@ class Soak:
                 if leaves_after:
                     visitors.submit(self._guard, partial(self._visit, number, ticket, leaves_after))
                 elif fate < LEFT + CANCELLED:
-                    timer = threading.Timer(self._choose.expovariate(2.0), ticket.cancel)
-                    timer.daemon = True
-                    timer.start()
+                    cancel_s = time.perf_counter() + self._choose.expovariate(1 / CANCEL_AFTER_S)
+                    heapq.heappush(self._to_cancel, (cancel_s, number, ticket))
+
+    def _wait_until(self, due_s: float) -> bool:
+        """Wait for a moment of time.perf_counter and cancel what is to be cancelled until then; False where the run is over."""
+        while True:
+            now = time.perf_counter()
+            while self._to_cancel and self._to_cancel[0][0] <= now:
+                heapq.heappop(self._to_cancel)[2].cancel()
+            if now >= due_s:
+                return not self._stop.is_set()
+            next_s = min(due_s, self._to_cancel[0][0]) if self._to_cancel else due_s
+            if self._stop.wait(next_s - now):
+                return False
 
     def _visit(self, number: int, ticket: Ticket, leaves_after: int) -> None:
         try:
