@@ -27,6 +27,7 @@ SHRINK = 0.4  # an axis shrinks only where less than this of it is used
 MAX_TAGS = 15  # adapters with a colour of their own in the chart
 CHARTS = ("requests", "queue", "tokens", "ttft", "tpot", "batch")
 
+_WORDED = ("requests", "tokens")  # the charts that say what was changed; the others show when
 _TICKS = [-60, -45, -30, -15, 0]
 _ARRIVING, _EVERYBODY, _WAITING = "#6d879f", "#8c959d", "#c08a4e"
 _PERCENTILES = {"p50": ("solid", 2.2), "p90": ("dash", 1.6), "p99": ("dot", 1.4)}
@@ -334,7 +335,11 @@ def charts(moment: Moment, look: Look) -> dict[str, dict[str, Any]]:
         name: str, title: str, unit: str, traces: list[dict], highest: float, words: str, order: str = "normal"
     ) -> dict[str, Any]:
         layout = chart_layout(title, "seconds, 0 is now", unit, (-WINDOW_S, 0.0), (0, look.end(name, highest)))
-        layout |= {"margin": {"l": 42, "r": 10, "t": 44, "b": 22}, "uirevision": f"load {moment.number}", **_marks(moment)}
+        layout |= {
+            "margin": {"l": 42, "r": 16, "t": 44, "b": 22},
+            "uirevision": f"load {moment.number}",
+            **_marks(moment, name in _WORDED),
+        }
         heading = {"text": f"{title}, {unit}", "x": 0, "xanchor": "left", "yref": "container", "y": 0.985, "font": {"size": 11}}
         layout["title"] = heading
         layout["legend"] |= {"x": 0, "y": 1.01, "font": {"size": 10}, "traceorder": order}
@@ -473,7 +478,7 @@ def _by_method(moment: Moment, window: list[Sample], values: Sequence[float | No
     return series or {moment.method: []}
 
 
-def _marks(moment: Moment) -> dict[str, list]:
+def _marks(moment: Moment, worded: bool) -> dict[str, list]:
     """A line where the visitor changed something, and what it was."""
     shapes, annotations = [], []
     for place, mark in enumerate(moment.marks):
@@ -485,7 +490,7 @@ def _marks(moment: Moment) -> dict[str, list]:
         at = {"x": x, "y": 1 - 0.13 * (place % 3), "yref": "paper"}  # neighbours are written at different heights
         at |= {"xanchor": "right" if x > -WINDOW_S / 5 else "left", "yanchor": "top", "showarrow": False}
         annotations.append(at | {"text": mark.words, "font": {"size": 10, "color": _EVERYBODY}})
-    return {"shapes": shapes, "annotations": annotations}
+    return {"shapes": shapes, "annotations": annotations if worded else []}
 
 
 def _line(name: str, x: list[float], y: Sequence[float | None], colour: str, dash: str, width: float, hover: str) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""The Live load tab in a real browser on the real app: start, move the sliders, watch, stop, leave."""
+
+from __future__ import annotations
+
+import csv
+import re
+
+import pytest
+
+from browser.conftest import RUN_MS
+
+CHARTS = ("requests", "queue", "tokens", "ttft", "tpot", "batch")
+
+
+def open_tab(page) -> None:
+    page.get_by_role("tab", name="Live load").click()
+    page.locator("#load-start").wait_for()
+
+
+def start(page) -> None:
+    """Press Start and wait for the first answers."""
+    page.locator("#load-start").click()
+    page.wait_for_function("() => /^[1-9]/.test(document.querySelector('#load-readouts [data-cell=requests]')?.textContent)")
+
+
+def stop(page) -> None:
+    page.locator("#load-stop").click()
+    page.locator("#load-status .status.stopped").wait_for()
+
+
+def put(page, name: str, value: str) -> None:
+    """A number into a control's box."""
+    box = page.locator(f"#load-{name} input[type=number]")
+    box.fill(value)
+    box.press("Tab")
+
+
+def readout(page, name: str) -> str:
+    return page.locator(f'#load-readouts [data-cell="{name}"]').inner_text()
+
+
+def words(page) -> str:
+    return page.locator("#load-status .words").inner_text()
+
+
+def num_points(page, chart: str) -> int:
+    return page.evaluate(f"document.querySelector('#load-{chart} [data-plot]').data[0].x.length")
+
+
+def asked_of_the_server(page) -> list[str]:
+    """The addresses of what the page asks for from now on, in a list that grows."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "heartbeat" not in request.url else None)
+    return asked
+
+
+@pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 400)])
+def test_before_the_start_and_while_it_runs(open_page, screenshot, tmp_path, theme, width):
+    page = open_page(theme, width)
+    open_tab(page)
+    assert page.locator("#load-explanation").is_visible() and not page.locator("#load-charts").is_visible()
+    assert page.locator("#load-stop").is_disabled()
+    assert "float32" in page.locator("#load-readouts").inner_text() and "live" in page.locator("#load-readouts").inner_text()
+    assert page.locator("#load-reproduce code").inner_text().startswith("python -m profiling load --methods flora --rate 4 ")
+    asked = asked_of_the_server(page)
+    page.wait_for_timeout(1200)
+    assert not asked, "an idle tab asks for nothing"
+    screenshot(page, f"load-idle-{theme}-{width}")
+
+    put(page, "new-tokens", "8")
+    start(page)
+    page.locator("#load-batch .main-svg").first.wait_for()
+    page.evaluate(f"window.plots = {list(CHARTS)}.map(n => document.querySelector(`#load-${{n}} [data-plot]`))")
+    before = num_points(page, "tokens")
+    page.wait_for_function(f"document.querySelector('#load-tokens [data-plot]').data[0].x.length > {before + 2}")
+    assert page.evaluate(f"{list(CHARTS)}.every((n, i) => document.querySelector(`#load-${{n}} [data-plot]`) === window.plots[i])")
+    for name in CHARTS:
+        host = page.locator(f"#load-{name} [data-plot]")
+        assert host.get_attribute("role") == "img" and host.get_attribute("aria-label").endswith(".")
+        assert page.evaluate(f"document.querySelector('#load-{name} [data-plot]').layout.xaxis.range.join()") == "-60,0"
+    assert readout(page, "ttft").endswith("s") and readout(page, "goodput").endswith("%")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert not page.locator("#load-explanation").is_visible() and page.locator("#load-start").is_disabled()
+    screenshot(page, f"load-running-{theme}-{width}")
+
+    stop(page)
+    page.wait_for_timeout(500)
+    asked.clear()
+    page.wait_for_timeout(1500)
+    assert not asked, "after the end the page asks for nothing more"
+    with page.expect_download() as download:
+        page.locator("#load-ttft [data-download]").click()
+    download.value.save_as(tmp_path / "run.csv")
+    with (tmp_path / "run.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) >= before and lines[0].keys() >= {"time_s", "method", "tokens_per_s", "waiting", "ttft_p99_ms"}
+    screenshot(page, f"load-stopped-{theme}-{width}")
+
+
+def test_every_control_takes_effect_at_once_and_mistakes_are_told(open_page):
+    page = open_page()
+    open_tab(page)
+    put(page, "new-tokens", "4")
+    start(page)
+    put(page, "rate", "9")
+    page.wait_for_function("document.querySelector('#load-reproduce code').textContent.includes('--rate 9 ')")
+    page.locator("#load-method input").click()
+    page.locator("li[role=option]:visible").filter(has_text=re.compile(r"^\W*bmm-LoRA")).first.click()
+    page.wait_for_function("document.querySelector('#load-tokens [data-plot]').data.some(trace => trace.name === 'bmm-LoRA')")
+    page.wait_for_function(
+        "document.querySelector('#load-requests [data-plot]').layout.annotations.some(one => one.text.includes('bmm-LoRA'))"
+    )
+    page.wait_for_function("parseFloat(document.querySelector('#load-readouts [data-cell=arriving]').textContent) > 5.5")
+    put(page, "ttft-limit", "")
+    page.locator("#load-status .notice:not(.absent)", has_text="limit of TTFT").wait_for()
+    assert "running" in page.locator("#load-status .status").get_attribute("class"), "the load goes on as it was"
+    put(page, "ttft-limit", "900")
+    page.wait_for_function("document.querySelector('#load-readouts [data-cell=goodput_small]').textContent.includes('900 ms')")
+    page.locator("#load-status .notice.absent").wait_for(state="attached")
+    stop(page)
+    start(page)
+    stop(page)
+
+
+def test_a_comparison_and_another_visitor_run_beside_it(open_page, screenshot):
+    first, second = open_page(), open_page()
+    for page in (first, second):
+        open_tab(page)
+        put(page, "new-tokens", "4")
+    start(first)
+    start(second)
+    first.locator("#load-status .since", has_text="1 other visitor").wait_for()
+    first.wait_for_function(  # both of them's
+        """() => {
+            const yours = parseFloat(document.querySelector('#load-readouts [data-cell=arriving]').textContent);
+            const all = document.querySelector('#load-readouts [data-cell=arriving_small]').textContent.match(/[\\d.]+/)[0];
+            return parseFloat(all) > 1.3 * yours && yours > 0;
+        }"""
+    )
+    second.get_by_role("tab", name="Compare").click()
+    second.locator("#max-new-tokens input").fill("6")
+    second.locator("#run").click()
+    second.locator("#status .status.done").wait_for(timeout=RUN_MS)
+    assert second.locator('#figures [data-cell="left_agreement"]').inner_text().startswith("✓")
+    second.get_by_role("tab", name="Live load").click()
+    points = num_points(second, "tokens")
+    second.wait_for_function(f"document.querySelector('#load-tokens [data-plot]').data[0].x.length > {points}")
+    screenshot(second, "load-after-compare")
+    second.context.close()  # who leaves sends no more
+    first.wait_for_function("!document.querySelector('#load-status .since').textContent.includes('other visitor')")
+    stop(first)
+
+
+def test_an_over_saturated_engine_is_said_in_words(open_page, screenshot):
+    page = open_page()
+    open_tab(page)
+    put(page, "new-tokens", "128")
+    put(page, "prompt-tokens", "192")
+    put(page, "rate", "50")
+    page.locator("#load-start").click()
+    page.locator("#load-status .status.saturated").wait_for(timeout=RUN_MS)
+    assert words(page).startswith("Over-saturated: ") and "Lower the rate" in words(page)
+    screenshot(page, "load-saturated")
+    stop(page)
+    page.wait_for_function("/^0 run/.test(document.querySelector('#load-readouts [data-cell=engine]').textContent.trim())")
