@@ -7,6 +7,7 @@ when one is done. Times are taken where the events are: a token's on the engine'
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -108,6 +109,7 @@ class Driver:
         self._totals: deque[_Totals] = deque()
         self._num_sent = 0
         self._all_sent = self._stopping = False
+        self._give_up_s = math.inf  # on time.perf_counter: requests that have not ended by then are unanswered
         self._broken: BaseException | None = None
         self._speed, self._plan_s, self._plan_set_s = 1.0, 0.0, 0.0  # the plan's clock: how fast, how far, and when that was
         self._watcher: threading.Thread | None = None
@@ -123,6 +125,7 @@ class Driver:
         """Send nothing more and cancel what is not answered. Returns at once; `join` waits for the end."""
         with self._condition:
             self._stopping = True
+            self._give_up_s = min(self._give_up_s, time.perf_counter() + SETTLE_S)
             tickets = [ticket for ticket in self._open.values() if ticket is not None]
             self._condition.notify_all()
         for ticket in tickets:
@@ -166,6 +169,7 @@ class Driver:
                 due_s = self.started_s + num_samples * self.sample_every_s
                 with self._condition:
                     done = self._condition.wait_for(self._is_done, timeout=max(0.0, due_s - time.perf_counter()))
+                done = done or time.perf_counter() > self._give_up_s
                 sample = self._sample()
                 self.samples.append(sample)
                 if num_samples % VERDICT_EVERY == 0 and self.concurrency is None:
@@ -177,7 +181,7 @@ class Driver:
             self.stop()
             sender.join()
             with self._condition:
-                self._condition.wait_for(self._is_done, timeout=SETTLE_S)
+                self._condition.wait_for(self._is_done, timeout=max(0.0, self._give_up_s - time.perf_counter()))
             self.ended_s = max((record.ended_s for record in self.records if record.ended_s is not None), default=0.0)
         if self._broken is not None:
             raise self._broken

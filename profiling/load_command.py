@@ -7,7 +7,7 @@ import math
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
     """Load, send, print and write; 0 for done, 130 when interrupted. Raises a FloraError for bad input."""
     settings = settings_from(options)
     set_threads(options.threads)
-    _check_options(options)
+    check_numbers(options, ("adapters", "rank", "host_adapters_mb"))
+    check_files(options, ("json", "csv", "per_request", "report"))
     requests = _own_requests(options)
     said = sys.stderr if options.json == "-" else sys.stdout  # rows on stdout stay alone there
     engines: dict[str, Engine] = {}
@@ -69,16 +70,21 @@ def run(options: argparse.Namespace) -> int:
     return 130 if interrupted else 0
 
 
-def _check_options(options: argparse.Namespace) -> None:
-    """RequestError, before anything is loaded, for a number that makes no sense or a file that could not be written."""
-    for name in ("adapters", "rank", "host_adapters_mb"):
+def check_numbers(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """RequestError, before anything is loaded, for one of these options that is below 1."""
+    for name in names:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
+
+
+def check_files(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """RequestError, before anything is loaded, for one of these options that names a file which could not be written."""
     if options.report and Path(options.report).suffix.lower() != ".html":
-        raise RequestError("a load report is a page: give --report a name that ends in .html")
-    for name in (options.json, options.csv, options.per_request, options.report):
-        if name and name != "-" and not Path(name).parent.is_dir():
-            raise RequestError(f"cannot write {Path(name).name!r}: there is no such folder")
+        raise RequestError("this report is a page: give --report a name that ends in .html")
+    for name in names:
+        path = getattr(options, name)
+        if path and path != "-" and not Path(path).parent.is_dir():
+            raise RequestError(f"cannot write {Path(path).name!r}: there is no such folder")
 
 
 def settings_from(options: argparse.Namespace) -> LoadSettings:
@@ -191,11 +197,11 @@ def _run(
     return runs, bool(interrupts)
 
 
-def show_progress(bar: tqdm, progress: LoadProgress, repeats: int) -> None:
-    """Put a run's progress on a bar."""
+def show_progress(bar: tqdm, progress: LoadProgress, repeats: int, where: str = "") -> None:
+    """Put a run's progress on a bar. where: in a row of runs, said first."""
     repeat = f" {progress.repeat + 1}/{repeats}" if repeats > 1 else ""
     sample = progress.sample
-    bar.set_description(f"{progress.method}{repeat}{'' if sample else ': warm-up'}", refresh=False)
+    bar.set_description(f"{where}{progress.method}{repeat}{'' if sample else ': warm-up'}", refresh=False)
     if sample is not None:
         bar.set_postfix_str(
             f"{sample.num_running} running, {sample.num_waiting} waiting, {sample.tokens_per_s:.0f} tokens/s", refresh=False
@@ -231,7 +237,7 @@ def command_line(settings: LoadSettings, options: argparse.Namespace) -> str:
     out, and where it writes. Models, adapters and prompts of the visitor's own appear by name only."""
     traffic = settings.traffic
     words = ["python", "-m", "profiling", "load", "--methods", *settings.methods]
-    words += _model_words(options, traffic.mix)
+    words += model_words(options, traffic.mix)
     if settings.concurrency is not None:
         words += ["--concurrency", str(settings.concurrency)]
     else:
@@ -261,11 +267,11 @@ def command_line(settings: LoadSettings, options: argparse.Namespace) -> str:
     return shlex.join([*words, "--threads", str(torch.get_num_threads())])
 
 
-def _model_words(options: argparse.Namespace, kinds: Mapping[str, float]) -> list[str]:
+def model_words(options: argparse.Namespace, kinds: Iterable[str]) -> list[str]:
     """--code-model, --code-adapters and the speech model's, where they were given."""
     words: list[str] = []
     for kind in kinds:
-        model, given = getattr(options, f"{kind}_model"), getattr(options, f"{kind}_adapters")
+        model, given = getattr(options, f"{kind}_model"), getattr(options, f"{kind}_adapters", None)
         words += [f"--{kind}-model", public_name(model)] if model else []
         entries = (entry.partition("=") for entry in given or ())
         words += [f"--{kind}-adapters", *(f"{tag}={public_name(folder)}" for tag, _, folder in entries)] if given else []

@@ -10,6 +10,7 @@ from profiling import load_figures
 from profiling.document import HtmlDocument, text_table
 from profiling.figures import METHOD_STYLES
 from profiling.load_result import LoadResult, MethodLoad
+from profiling.load_runs import LoadSettings
 from profiling.report import environment_lines, frame_csv
 
 LATENCIES = {"TTFT": "ttft_s", "TPOT": "tpot_s", "ITL": "itl_s", "E2E": "e2e_s", "s/token": "s_per_token"}
@@ -155,22 +156,28 @@ def warnings(result: LoadResult) -> list[str]:
 
 def conditions(result: LoadResult) -> str:
     """n, warm-up and the rest of what must stand beside the numbers, in one line."""
-    settings, traffic = result.settings, result.settings.traffic
-    mix = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in traffic.mix.items())
+    settings = result.settings
     slots = ", ".join(
         f"{kind}: batch of {facts['max_batch_size']}, {facts['num_adapters']} adapters in {facts['adapter_slots']} slots"
         for kind, facts in result.engines.items()
     )
     num = sorted({len(run.records) for run in result.runs})
     requests = f"{num[0]}" if len(num) == 1 else f"{num[0]} to {num[-1]}" if num else "0"
-    parts = [f"{requests} requests a run", "1 repeat" if settings.repeats == 1 else f"{settings.repeats} repeats"]
-    parts += [f"{settings.warmup_requests} warm-up requests", f"adapters {traffic.popularity}", mix]
-    parts += [f"prompts {traffic.prompt_tokens}", f"new tokens {traffic.new_tokens}", slots, f"seed {traffic.seed}"]
+    parts = [f"{requests} requests a run", *conditions_of(settings), slots]
     if settings.limits:
         limits = ", ".join(f"{name} {1000 * most:g} ms" for name, most in settings.limits.items())
         parts.append(f"goodput within {limits}")
     parts.append(f"peak memory {result.peak_memory_bytes / 1e6:.0f} MB ({result.peak_memory_of})")
     return ", ".join(parts)
+
+
+def conditions_of(settings: LoadSettings) -> list[str]:
+    """What every run had in common."""
+    traffic = settings.traffic
+    mix = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in traffic.mix.items())
+    parts = ["1 repeat" if settings.repeats == 1 else f"{settings.repeats} repeats", f"{settings.warmup_requests} warm-up requests"]
+    parts += [f"adapters {traffic.popularity}", mix, f"prompts {traffic.prompt_tokens}", f"new tokens {traffic.new_tokens}"]
+    return [*parts, f"seed {traffic.seed}"]
 
 
 def _ranks(load: MethodLoad, kind: str) -> str:

@@ -29,18 +29,19 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_engine(kind: str, options: argparse.Namespace, **engine_options) -> Engine:
+def load_engine(kind: str, options: argparse.Namespace, with_adapters: bool = True, **engine_options) -> Engine:
     """The engine of a kind with its adapters; engine_options: more arguments of `Engine.from_pretrained`.
 
     A model of one's own comes without the adapters that ship. Raises ModelError where the model is of another kind.
     """
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    model, given = getattr(options, f"{kind}_model"), getattr(options, f"{kind}_adapters")
-    embedded = workload.ASSETS / "models" / kind
-    is_embedded = model is None or Path(model).resolve() == embedded
-    shipped = workload.discover_adapters(workload.ASSETS / "adapters" / kind) if is_embedded else {}
-    adapters = workload.given_adapters(given) if given else shipped
+    model, embedded = getattr(options, f"{kind}_model"), workload.ASSETS / "models" / kind
+    adapters = {}
+    if with_adapters and (given := getattr(options, f"{kind}_adapters")):
+        adapters = workload.given_adapters(given)
+    elif with_adapters and (model is None or Path(model).resolve() == embedded):
+        adapters = workload.discover_adapters(workload.ASSETS / "adapters" / kind)
     engine = Engine.from_pretrained(model or embedded, adapters, device=options.device, dtype=options.dtype, **engine_options)
     if engine.kind != kind:
         raise ModelError(f"--{kind}-model names the {engine.kind} model {engine.name!r}: give a {kind} model")

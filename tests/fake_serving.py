@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -56,7 +56,7 @@ class ServingEngine:
         self.num_arrived = self.num_finished = self.num_failed = self.num_cancelled = self.num_tokens = self.num_steps = 0
         self.most_at_once = 0
         self.closed = False
-        self._counters = {tag: AdapterCounters() for tag in self.adapters}
+        self._counters = defaultdict(AdapterCounters)
         self.bank = SimpleNamespace(counters=lambda: {tag: AdapterCounters(c.hits, c.misses) for tag, c in self._counters.items()})
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.model = torch.nn.Linear(2, 2)

@@ -227,6 +227,24 @@ def test_a_driver_that_breaks_says_so_and_leaves_nothing_behind(engine):
     assert outcomes(driver) == {"finished": 2}
 
 
+def test_an_engine_that_never_answers_is_not_waited_for_after_a_stop(engine, monkeypatch):
+    monkeypatch.setattr(load, "SETTLE_S", 0.1)
+    engine.hold(True)
+    quick = engine.submit
+
+    def deaf(*arguments, **options):
+        ticket = quick(*arguments, **options)
+        ticket.cancel = lambda: None
+        return ticket
+
+    engine.submit = deaf
+    driver = Driver({"code": engine}, "flora", planned(2), sample_every_s=0.01)
+    driver.start()
+    wait_until(lambda: len(engine.submitted) == 2)
+    driver.stop()
+    assert driver.join(20) and outcomes(driver) == {"unanswered": 2}
+
+
 @pytest.mark.parametrize("stops", [True, False])
 def test_an_over_saturated_run_stops_itself_where_it_is_told_to(engine, monkeypatch, stops):
     verdict = Saturation(1.0, "the queue grew")
