@@ -50,8 +50,11 @@ SETTLE_S = 60.0
 WARM_SHARE = 0.25
 """Of the run, at its start: caches and allocators grow to what the traffic needs, and memory is compared from then on."""
 
-MEMORY_GROWTH = 0.05
-"""By how much of itself memory may grow from then to the end: the noise of allocators."""
+MEMORY_GROWTH = 0.1
+"""By how much of itself memory may grow from then to the end: allocators, and a queue that was never as long before."""
+
+MAX_WAITING = 64
+"""So few that the queue, with the clips in it, is as long as it can be while the capacity is measured."""
 
 HOST_ADAPTER_BYTES = 1 << 20
 """So little that adapters are read from disk while it serves."""
@@ -293,12 +296,13 @@ def run(options: argparse.Namespace) -> int:
                 max_batch_size=options.max_batch_size,
                 adapter_slots=options.adapter_slots,
                 host_adapter_bytes=HOST_ADAPTER_BYTES,
+                max_waiting=MAX_WAITING,
             )
         facts = hardware.environment(engines)
         print(hardware.summary(facts), flush=True)
         adapters, sources = servable_by(engines, [options.method]), sources_of(engines)
         traffic = Traffic(new_tokens=Lengths.parse(options.new_tokens), popularity="zipf:1.5", mix=mix, seed=options.seed)
-        concurrency = 2 * options.max_batch_size
+        concurrency = MAX_WAITING
         measured = capacity(engines, options.method, EndlessTraffic(traffic, sources, adapters), options.calibrate, concurrency)
         rate = options.load * measured
         print(f"capacity {measured:.2f} requests/s; serving {rate:.2f} for {options.minutes:g} min", flush=True)
