@@ -28,6 +28,7 @@ MAX_TAGS = 15  # adapters with a colour of their own in the chart
 CHARTS = ("requests", "queue", "tokens", "ttft", "tpot", "batch")
 
 _WORDED = ("requests", "tokens")  # the charts that say what was changed; the others show when
+_FEWEST = 4  # requests that an axis has room for, so that it counts in whole ones
 _TICKS = [-60, -45, -30, -15, 0]
 _ARRIVING, _EVERYBODY, _WAITING = "#6d879f", "#8c959d", "#c08a4e"
 _PERCENTILES = {"p50": ("solid", 2.2), "p90": ("dash", 1.6), "p99": ("dot", 1.4)}
@@ -165,7 +166,7 @@ def verdict(moment: Moment) -> tuple[str, str]:
     if moment.state == "stopped":
         return "stopped", "Stopped; what was seen stays here, and each chart's data button holds the whole run."
     if moment.state == "done":
-        return "done", f"Ended by itself after {clock(moment.max_s)}; each chart's data button holds the whole run."
+        return "done", f"Ended by itself after {moment.max_s / 60:g} minutes; each chart's data button holds the whole run."
     if not moment.samples:
         return "running", "sending"
     arriving, answered = your_rates(moment.samples, len(moment.samples) - 1, BEHIND_S)
@@ -315,7 +316,7 @@ def explanation(max_s: float) -> str:
         "<li><b>the batch</b>, by adapter.</li></ul>"
         "<p>Every control may be moved while it runs and takes effect with the next request. Raise the rate until the queue grows "
         "and TTFT with it, then change the method; or change the popularity from <i>identical</i> to <i>distinct</i> and watch the "
-        f"batch. A load ends when you press Stop or leave the page, and by itself after {clock(max_s)}.</p></div>"
+        f"batch. A load ends when you press Stop or leave the page, and by itself after {max_s / 60:g} minutes.</p></div>"
     )
 
 
@@ -397,7 +398,7 @@ def _queue(moment: Moment, window: list[Sample], times: list[float], value: Valu
             f"{running[-1]} run and {waiting[-1]} wait, everybody's; {yours[-1]} of them are yours. "
             "A queue that only grows: more arrives than is answered."
         )
-    return value("queue", "in the engine", "requests", traces, max(highest, *yours, 1) if window else 1, words)
+    return value("queue", "in the engine", "requests", traces, max(highest, *yours, _FEWEST) if window else _FEWEST, words)
 
 
 def _tokens(moment: Moment, window: list[Sample], times: list[float], value: Value) -> dict[str, Any]:
@@ -457,7 +458,7 @@ def _batch(look: Look, window: list[Sample], times: list[float], value: Value) -
         listed = ", ".join(f"{tag} {number}" for tag, number in now[:8]) + (" and others" if len(now) > 8 else "")
         words = f"The batch now, everybody's requests by adapter: {listed or 'none'}. One colour per adapter."
     highest = max((sum(count.values()) for count in counts), default=0)
-    return value("batch", "the batch, by adapter", "requests", traces, max(highest, 1), words)
+    return value("batch", "the batch, by adapter", "requests", traces, max(highest, _FEWEST), words)
 
 
 def _tags(sample: Sample) -> Counter[str]:

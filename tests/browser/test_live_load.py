@@ -58,6 +58,12 @@ def asked_of_the_server(page) -> list[str]:
 def test_before_the_start_and_while_it_runs(open_page, screenshot, tmp_path, theme, width):
     page = open_page(theme, width)
     open_tab(page)
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll('button, input, [role=img]')].filter(e => e.offsetParent)
+        .filter(e => !(e.getAttribute('aria-label') || e.getAttribute('title') || e.textContent.trim() || e.labels?.length))
+        .map(e => e.outerHTML.slice(0, 160))"""
+    )
+    assert not nameless
     assert page.locator("#load-explanation").is_visible() and not page.locator("#load-charts").is_visible()
     assert page.locator("#load-stop").is_disabled()
     assert "float32" in page.locator("#load-readouts").inner_text() and "live" in page.locator("#load-readouts").inner_text()
