@@ -75,6 +75,17 @@ def come_and_go(bank: AdapterBank, *names: str) -> None:
         bank.unpin(pin_when_read(bank, name))
 
 
+def wait_until_idle(bank: AdapterBank) -> None:
+    """Until the reader has read all that it was asked for."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        with bank._store.lock:
+            if not bank._store._wanted and not bank._store._ahead and bank._store._reading is None:
+                return
+        bank.wait_until_ready(0.01)
+    raise AssertionError("the reader never comes to an end")
+
+
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
@@ -460,6 +471,25 @@ def test_who_cannot_wait_takes_what_is_being_read_already(gated):
     assert gate.num_reads == 1 and bank.counters()["a"].loads == 1
 
 
+def test_who_could_not_wait_answers_for_those_who_asked_before(gated):
+    """`c` is asked for, and then read in place: nobody waits for a failure of its later reads ahead."""
+    bank, gate = gated
+    later = Gate(adapter("flora", 2, 2))
+    later.opened.set()
+    bank.add("c", [adapter("flora", 2, 2)], reload=later)
+    bank.add("d", [adapter("flora", 2, 3)], reload=lambda: [adapter("flora", 2, 3)])
+    assert bank.pin("c", "flora") is None
+    bank.unpin(bank.pin_now("c", "flora"))
+    gate.opened.set()
+    come_and_go(bank, "a", "b", "d", "b", "d")
+    later.fail = True
+    bank.prefetch(["c"])
+    wait_until_idle(bank)
+    assert later.num_reads == 2
+    later.fail = False
+    assert_holds(bank, pin_when_read(bank, "c"), adapter("flora", 2, 2))
+
+
 def test_fetched_ahead_and_then_wanted_before_it_came():
     """Its failure is the answer to whoever waits for it by then."""
     gate = Gate(fail=True)
@@ -499,13 +529,7 @@ class Library:
     def let_through(self) -> str:
         """What the reader has read when it has nothing left to do."""
         self.first.opened.set()
-        deadline = time.monotonic() + PATIENCE_S
-        store = self.bank._store
-        while time.monotonic() < deadline:
-            with store.lock:
-                if not store._wanted and not store._ahead and store._reading is None:
-                    break
-            self.bank.wait_until_ready(0.01)
+        wait_until_idle(self.bank)
         return "".join(self.reads)
 
 
@@ -535,9 +559,11 @@ def test_ahead_is_read_only_what_displaces_nothing_that_is_still_to_be_used():
 
 
 def test_what_is_on_the_device_is_not_fetched():
-    library = Library(host_adapters=1)
+    library = Library(host_adapters=2)
     library.bank.pin("h", "flora")
-    library.bank.add("x", [adapter("flora", 2, 9)], reload=list)
+    for name in "xy":
+        library.bank.add(name, [adapter("flora", 2, 9)], reload=list)
+    assert library.bank._adapters["h"].stored.packed is None, "it is in host memory: the test shows nothing"
     library.bank.prefetch("h")
     assert library.let_through() == ""
     assert library.bank.pin("h", "flora") is not None
