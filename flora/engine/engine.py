@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import random
+import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -107,7 +109,7 @@ class Engine:
         self._turns = turns_on(self.device)
         self._counts = Counts()
         self._own_batches: weakref.WeakSet[Core] = weakref.WeakSet()  # of `start`
-        self._abandoned: deque[BatchGeneration | SequentialGeneration] = deque()
+        self._own_batches_guard = threading.Lock()  # one thread adds while another looks
         make_core = partial(self._make_core, max_rows=max_batch_size, max_batch_tokens=max_batch_tokens)
         self._server = Server(make_core, self.bank, self._turns, max_waiting)
 
@@ -244,16 +246,18 @@ class Engine:
     def _stream(self, requests: list[Request], method: str, seed: int) -> Iterator[Event]:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         session, tickets, at_once = object(), {}, min(2 * self.max_batch_size, self._server.max_waiting)
-        num_submitted = 0
+        ready: list[Row] = []  # encoded, and waiting for a place in the queue
+        following = iter(enumerate(requests))
         try:
             while True:
                 # Of a long list the next ones are ready, and no more of them in everybody's way.
-                places = range(num_submitted, min(len(requests), num_submitted + at_once - len(tickets)))
+                for place, request in itertools.islice(following, at_once - len(tickets) - len(ready)):
+                    ready.append(self._row(request, method, seed, place, place, session))
                 try:
-                    rows = [self._row(requests[place], method, seed, place, place, session) for place in places]
-                    if rows:  # else it is only waited for those that were taken: an engine that shuts down finishes them
-                        tickets |= dict(zip(places, self._server.submit(rows, method, None, events.put), strict=True))
-                    num_submitted += len(places)
+                    if ready:  # else it is only waited for those that were taken: an engine that shuts down finishes them
+                        submitted = self._server.submit(ready, method, None, events.put)
+                        tickets |= {row.index: ticket for row, ticket in zip(ready, submitted, strict=True)}
+                        ready = []
                 except BusyError:
                     if not tickets:
                         raise
@@ -279,7 +283,9 @@ class Engine:
 
     def snapshot(self) -> EngineSnapshot:
         """How the engine stands at this moment; from any thread, and without waiting for a step."""
-        counts, cores = self._counts, [*self._server.cores, *self._own_batches]
+        with self._own_batches_guard:
+            own_batches = list(self._own_batches)
+        counts, cores = self._counts, [*self._server.cores, *own_batches]
         running = [row.request.adapter for core in cores for row in core.running]
         return EngineSnapshot(
             time_s=time.perf_counter(),
@@ -316,7 +322,7 @@ class Engine:
             self._row(request, method, seed, index, first_index + index, session=None) for index, request in enumerate(requests)
         ]
         with self._turns:
-            self._close_abandoned()
+            self._server.close_abandoned()
             try:
                 for row in rows:
                     row.slot = self.bank.pin_now(row.request.adapter, method)
@@ -333,12 +339,10 @@ class Engine:
     def _own_batch(self, rows: Sequence[Row], method: str) -> BatchGeneration:
         # All prompts are read in the first step, as one batch: no budget.
         core = self._make_core(method, len(rows), sum(self.runner.cost(row.encoded) for row in rows) + len(rows))
-        self._own_batches.add(core)
+        with self._own_batches_guard:
+            self._own_batches.add(core)
         return BatchGeneration(core, rows)
 
-    def _close_abandoned(self) -> None:
-        while self._abandoned:
-            self._abandoned.popleft().close()
 
     # ------------------------------------------------------------------------------------------------- verification
 
@@ -418,7 +422,7 @@ class _Locked:
                 self._generation.close()
             self._engine._turns.__exit__()
         else:
-            self._engine._abandoned.append(self._generation)
+            self._engine._server.abandoned.append(self._generation)
 
 
 def _sampler(seed: int, place: int) -> torch.Generator:

@@ -19,6 +19,7 @@ import torch
 from flora.bank import AdapterBank
 from flora.engine.core import Core, RequestTimes, Row, Told
 from flora.engine.device import TurnLock
+from flora.engine.generation import Generation
 from flora.engine.request import Completion, Event, FailEvent, FinishEvent, Request, TokenEvent
 from flora.errors import BusyError, DeadlineError, FloraError, RequestError, ServingError
 
@@ -144,6 +145,7 @@ class Server:
         self, make_core: Callable[[str], Core], bank: AdapterBank, turns: TurnLock, max_waiting: int
     ) -> None:
         self._make_core, self._bank, self._turns, self.max_waiting = make_core, bank, turns, max_waiting
+        self.abandoned: deque[Generation] = deque()  # batches that nobody has any more, to be closed when the device is free
         self._news = threading.Condition()
         self._arrived: deque[Ticket] = deque()
         self._cancelled: deque[Ticket] = deque()
@@ -194,6 +196,11 @@ class Server:
         if thread is not None and thread is not threading.current_thread():
             thread.join(join_s)
 
+    def close_abandoned(self) -> None:
+        """Give back what abandoned batches hold; the caller has the device."""
+        while self.abandoned:
+            self.abandoned.popleft().close()
+
     @property
     def cores(self) -> list[Core]:
         """Those that have had requests lately."""
@@ -235,6 +242,7 @@ class Server:
             overdue = self._overdue()
             closing_s = self._closing_s
         with self._turns:
+            self.close_abandoned()
             self._take_in()
             self._end(cancelled, overdue, closing_s)
         if self._tickets and not self._step():

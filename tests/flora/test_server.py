@@ -144,7 +144,8 @@ def test_result_waits_no_longer_than_it_is_told(make, monkeypatch):
 def test_cancel_before_while_and_after_it_runs(make, monkeypatch, tiny_engines):
     engine = make(max_batch_size=2)
     held = Held(engine, monkeypatch)
-    stays, runs, waits = (engine.submit(ask(adapter=tag)) for tag in ("aa", "bb", "cc"))
+    with engine.exclusive():  # all are there when the first step begins
+        stays, runs, waits = (engine.submit(ask(adapter=tag)) for tag in ("aa", "bb", "cc"))
     until(lambda: len(stays.token_ids) == len(runs.token_ids) == 1)
     assert (stays.state, runs.state, waits.state) == ("running", "running", "waiting")
     waits.cancel()
@@ -297,8 +298,9 @@ def test_an_adapter_replaced_meanwhile(method, make, checkpoints, monkeypatch, t
     """Who runs with it finishes with the old one, who waits gets the new one, beside it or after it."""
     engine = make("aa", "bb", max_batch_size=2)
     held = Held(engine, monkeypatch)
-    runs = engine.submit(ask("def g(", "aa"), method)
-    other = engine.submit(ask(adapter="bb" if method == "flora" else "aa", length=3), method)
+    with engine.exclusive():  # both are there when the first step begins
+        runs = engine.submit(ask("def g(", "aa"), method)
+        other = engine.submit(ask(adapter="bb" if method == "flora" else "aa", length=3), method)
     until(lambda: runs.token_ids and other.token_ids)
     waits = engine.submit(ask(adapter="aa"), method)
     changing = threading.Thread(target=engine.add_adapter, args=("aa", list(checkpoints["code"].adapters["cc"].values())))
@@ -535,3 +537,15 @@ def test_two_engines_on_one_device_take_turns(checkpoints, tiny_engines, monkeyp
     assert switches > 20, f"they do not take turns: {switches} switches in {len(steps)} steps"
     for engine in engines:
         engine.close()
+
+
+def test_a_batch_that_is_dropped_while_the_device_is_busy_is_closed_by_the_next_step(make):
+    engine = make("aa", adapter_slots=1)
+    own = engine.start([ask(adapter="aa")])
+    own.step()
+    with engine.exclusive():  # as a finaliser finds it that runs amid somebody's step
+        del own
+        gc.collect()
+        assert engine.bank._users, "it was closed while somebody had the device"
+    engine.submit(ask()).result(PATIENCE_S)
+    assert not engine.bank._users, "its slot is lost to all others"
