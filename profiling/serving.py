@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from flora.corpus.code import example_prompts
 from flora.engine import Engine, Request
+from flora.engine.device import compute_on
 from flora.errors import RequestError
 from profiling import hardware, report, workload
 from profiling.document import text_table
@@ -151,15 +152,16 @@ def beside_peft(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[Fi
     """
     tags = sorted(path.name for path in ADAPTERS.iterdir())[:NUM_ADAPTERS]
     requests = _requests(tags, num_new_tokens)
-    engine, peft = code_engine(tags), PeftBatch(tags, requests)
-    theirs = peft.generate()
+    engine, compute = code_engine(tags), compute_on(torch.device("cpu"))  # the same thread for all: none is slowed by another's
+    peft = compute(lambda: PeftBatch(tags, requests))
+    theirs = compute(peft.generate)
     ours = [completion.token_ids for completion in engine.generate(requests, "bmm-lora")]
     num_tokens = len(tags) * num_new_tokens
     pairs = zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True)
     agreeing = sum(own == their for own, their in pairs)
     yield Figure("peft", "bmm-lora's tokens that are PEFT's", agreeing / num_tokens, None, None, num_tokens, 1.0, unit="%")
     served = {method: partial(engine.generate, requests, method) for method in (*METHODS, "base")}
-    contestants = {"peft": peft.generate, **served}
+    contestants = {"peft": lambda: compute(peft.generate), **served}
     seconds = _in_turn(contestants, rounds, tell)
     for method in METHODS:
         what = f"{method}: tokens/s over PEFT's mixed batch, {len(tags)} adapters"

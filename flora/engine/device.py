@@ -1,11 +1,17 @@
-"""Whose turn it is on a device: every forward of every engine in this process that uses it."""
+"""Whose turn it is on a device, and the thread that computes: for every forward of every engine in this process."""
 
 from __future__ import annotations
 
+import os
+import queue
 import threading
 from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 
 class TurnLock:
@@ -77,3 +83,89 @@ def turns_on(device: torch.device) -> TurnLock:
     """The lock of a device: two engines on one device do not compute at once, which would make both slower and no time true."""
     with _guard:
         return _locks.setdefault(str(device), TurnLock())
+
+
+class _Call:
+    """A function that is called on another thread, and what came of it."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.done = threading.Lock()
+        self.done.acquire()
+
+
+class ComputeThread:
+    """The one thread that computes on the CPU.
+
+    PyTorch's OpenMP keeps a team of threads for every thread that ever computed. With more of them than processors, they no longer
+    wait for each other actively but go to sleep at every small product, and a decode step takes twice as long. So whoever has work
+    has it done here: loading, prompts, steps, checks.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process, self._thread = os.getpid(), None
+        self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
+
+    def run(self, function: Callable[[], Result]) -> Result:
+        """Call the function there, wait, and return what it returns or raise what it raises."""
+        if threading.current_thread() is self._thread:
+            return function()
+        with self._guard:
+            if self._process != os.getpid():  # a forked worker has no thread but the one that forked
+                self._begin()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, args=(self._calls,), name="flora-compute", daemon=True)
+                self._thread.start()
+        call = _Call(function)
+        self._calls.put(call)
+        call.done.acquire()
+        if call.error is not None:
+            raise call.error
+        return call.result
+
+    @staticmethod
+    def _work(calls: queue.SimpleQueue[_Call]) -> None:
+        while True:
+            call = calls.get()
+            try:
+                call.result = call.function()
+            except BaseException as error:  # it is its caller's, who raises it
+                call.error = error
+            call.done.release()
+            del call  # and with it what it returned
+
+
+def apart(function: Callable[[], Result]) -> Result:
+    """Call a function on a thread that ends with it, and with that its OpenMP team: for slow work that no step should wait for."""
+    call = _Call(function)
+
+    def work() -> None:
+        try:
+            call.result = call.function()
+        except BaseException as error:  # it is its caller's, who raises it
+            call.error = error
+
+    thread = threading.Thread(target=work, name="flora-apart")
+    thread.start()
+    thread.join()
+    if call.error is not None:
+        raise call.error
+    return call.result
+
+
+_cpu = ComputeThread()
+
+
+def compute_on(device: torch.device) -> Callable[[Callable[[], Result]], Result]:
+    """What calls a function where this device's work is done: on a CPU its one thread, else at once."""
+    return _cpu.run if device.type == "cpu" else _at_once
+
+
+def _at_once(function: Callable[[], Result]) -> Result:
+    return function()

@@ -19,7 +19,7 @@ import torch
 from flora import ops
 from flora.bank import AdapterBank, AdapterInfo
 from flora.engine.core import Core, Counts, Row
-from flora.engine.device import TurnLock, turns_on
+from flora.engine.device import TurnLock, apart, compute_on, turns_on
 from flora.engine.generation import BatchGeneration, Generation, SequentialGeneration
 from flora.engine.request import Completion, Event, FailEvent, FinishEvent, Request
 from flora.engine.runner import EncodedRequest, make_runner
@@ -106,12 +106,12 @@ class Engine:
         self.bank = AdapterBank(layers, holder, self.device, self.dtype, adapter_slots, host_adapter_bytes)
         self.runner = make_runner(loaded, self.bank)
         self._vocabulary = vocabulary_of(loaded)
-        self._turns = turns_on(self.device)
+        self._turns, self._compute = turns_on(self.device), compute_on(self.device)
         self._counts = Counts()
         self._own_batches: weakref.WeakSet[Core] = weakref.WeakSet()  # of `start`
         self._own_batches_guard = threading.Lock()  # one thread adds while another looks
         make_core = partial(self._make_core, max_rows=max_batch_size, max_batch_tokens=max_batch_tokens)
-        self._server = Server(make_core, self.bank, self._turns, max_waiting)
+        self._server = Server(make_core, self.bank, self._turns, self._compute, max_waiting)
 
     @classmethod
     def from_pretrained(
@@ -130,7 +130,8 @@ class Engine:
         serving: adapter_slots, host_adapter_bytes, max_waiting and max_batch_tokens, as the class explains them.
         Raises ModelError, AdapterError or CheckpointError, each naming what is wrong.
         """
-        engine = cls(load_model(name, device, dtype, quantize, weights), max_batch_size, **serving)
+        load = partial(load_model, name, device, dtype, quantize, weights)
+        engine = cls(compute_on(torch.device("cpu"))(load), max_batch_size, **serving)
         for tag, sources in (adapters or {}).items():
             engine.add_adapter(tag, sources)
         return engine
@@ -160,7 +161,7 @@ class Engine:
         def read() -> list[Adapter]:
             return [read_adapter(path) for path in paths]
 
-        prepared = self.bank.prepare(name, read(), reload=read)
+        prepared = apart(lambda: self.bank.prepare(name, read(), reload=read))
         with self._turns:
             return self.bank.commit(prepared)
 
@@ -325,7 +326,7 @@ class Engine:
             self._server.close_abandoned()
             try:
                 for row in rows:
-                    row.slot = self.bank.pin_now(row.request.adapter, method)
+                    row.slot = self._compute(partial(self.bank.pin_now, row.request.adapter, method))
             except FloraError:
                 for row in rows:
                     if row.slot is not None:
@@ -346,7 +347,6 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------- verification
 
-    @torch.inference_mode()
     def verify(
         self,
         requests: Sequence[Request],
@@ -360,38 +360,43 @@ class Engine:
         model, whose weights cannot be merged, serves it alone with `method`.) token_ids, chosen_logits: each request's new tokens
         and the logits they were chosen by.
         """
-        tolerance = LOGIT_TOLERANCE.get(self.dtype, LOGIT_TOLERANCE[torch.bfloat16])
-        quantised = any(layer.is_black_box for layer in self.bank.layers.values())
         tokens = agreeing = 0
         difference: float | None = None
         for index, (request, ids) in enumerate(zip(requests, token_ids, strict=True)):
             if not ids:
                 continue
             encoded = self._encode(request, method)
+            own_logits = None if chosen_logits is None else chosen_logits[index]
             with self._turns:
-                adapter = None if method == "base" else request.adapter
-                reference = method if quantised else "merged"
-                slot = self.bank.pin_now(adapter, reference)
-                try:
-                    serving = self.bank.arrange([slot], reference, ops.FAMILY[method])
-                    (logits,) = self.runner.score([encoded], [list(ids)], serving)  # (tokens, vocabulary)
-                finally:
-                    self.bank.unpin(slot)
-            logits = logits.float()
-            best = torch.cat(
-                [self._vocabulary.masked(logits[:1], first=True), self._vocabulary.masked(logits[1:], first=False)]
-            )
-            chosen = logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]  # (tokens,)
-            gap = best.max(-1).values - chosen
-            if chosen_logits is not None:
-                own = torch.tensor(chosen_logits[index], device=logits.device)
-                own_difference = (own - chosen).abs()
-                difference = max(difference or 0.0, own_difference.max().item())
-            if request.temperature > 0 and chosen_logits is not None:
-                gap = own_difference  # sampled: the token need not be the best, but its logit must be the reference's
-            tokens += len(ids)
-            agreeing += int((gap <= tolerance).sum())
+                one = self._compute(partial(self._verify_one, request, encoded, list(ids), method, own_logits))
+            tokens, agreeing = tokens + one.tokens, agreeing + one.agreeing
+            if one.max_logit_difference is not None:
+                difference = max(difference or 0.0, one.max_logit_difference)
         return Agreement(tokens, agreeing, difference)
+
+    @torch.inference_mode()
+    def _verify_one(
+        self, request: Request, encoded: EncodedRequest, ids: list[int], method: str, own_logits: Sequence[float] | None
+    ) -> Agreement:
+        adapter = None if method == "base" else request.adapter
+        reference = method if any(layer.is_black_box for layer in self.bank.layers.values()) else "merged"
+        slot = self.bank.pin_now(adapter, reference)
+        try:
+            serving = self.bank.arrange([slot], reference, ops.FAMILY[method])
+            (logits,) = self.runner.score([encoded], [ids], serving)  # (tokens, vocabulary)
+        finally:
+            self.bank.unpin(slot)
+        logits = logits.float()
+        best = torch.cat([self._vocabulary.masked(logits[:1], first=True), self._vocabulary.masked(logits[1:], first=False)])
+        chosen = logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]  # (tokens,)
+        gap, difference = best.max(-1).values - chosen, None
+        if own_logits is not None:
+            own_difference = (torch.tensor(own_logits, device=logits.device) - chosen).abs()
+            difference = own_difference.max().item()
+            if request.temperature > 0:
+                gap = own_difference  # sampled: the token need not be the best, but its logit must be the reference's
+        tolerance = LOGIT_TOLERANCE.get(self.dtype, LOGIT_TOLERANCE[torch.bfloat16])
+        return Agreement(len(ids), int((gap <= tolerance).sum()), difference)
 
 
 class _Locked:
@@ -405,7 +410,7 @@ class _Locked:
 
     def step(self) -> list[Event]:
         with self._engine._turns:
-            return self._generation.step()
+            return self._engine._compute(self._generation.step)
 
     def cancel(self, index: int | None = None) -> list[Event]:
         with self._engine._turns:

@@ -138,13 +138,20 @@ class Ticket:
 class Server:
     """Runs the submitted requests, method by method in turn, on a thread of its own that begins with the first of them.
 
-    make_core: method → an empty Core. max_waiting: requests that may stand in line.
+    make_core: method → an empty Core. compute: calls a step where the device's work is done. max_waiting: requests that may stand
+    in line.
     """
 
     def __init__(
-        self, make_core: Callable[[str], Core], bank: AdapterBank, turns: TurnLock, max_waiting: int
+        self,
+        make_core: Callable[[str], Core],
+        bank: AdapterBank,
+        turns: TurnLock,
+        compute: Callable[[Callable[[], list[Told]]], list[Told]],
+        max_waiting: int,
     ) -> None:
-        self._make_core, self._bank, self._turns, self.max_waiting = make_core, bank, turns, max_waiting
+        self._make_core, self._bank, self._turns, self._compute = make_core, bank, turns, compute
+        self.max_waiting = max_waiting
         self.abandoned: deque[Generation] = deque()  # batches that nobody has any more, to be closed when the device is free
         self._news = threading.Condition()
         self._arrived: deque[Ticket] = deque()
@@ -291,7 +298,7 @@ class Server:
                 continue
             with self._turns:
                 try:
-                    told = core.step()
+                    told = self._compute(core.step)
                 except Exception as error:  # a fault of the engine's own: its requests end by name, and it begins afresh
                     logger.exception("a step of the engine failed")
                     told = [*core.told, *self._abandon(method, error)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from flora import Request
 from flora.engine import device
-from flora.engine.device import TurnLock, turns_on
+from flora.engine.device import ComputeThread, TurnLock, apart, turns_on
 
 PATIENCE_S = 30.0
 
@@ -154,3 +157,37 @@ def test_an_interrupt_while_waiting_leaves_the_line_or_hands_the_turn_on(after, 
 def test_the_lock_of_a_device():
     assert turns_on(torch.device("cpu")) is turns_on(torch.device("cpu"))
     assert turns_on(torch.device("cpu")) is not turns_on(torch.device("meta"))
+
+
+def test_one_thread_computes_for_all():
+    """Whoever calls, forwards, loading and checks are on the same thread, which is nobody's own."""
+    compute = ComputeThread()
+    with ThreadPoolExecutor(4) as callers:
+        threads = set(callers.map(lambda _: compute.run(threading.current_thread), range(40)))
+    assert len(threads) == 1 and threading.current_thread() not in threads
+    assert compute.run(lambda: compute.run(threading.current_thread)) in threads, "a call from there waits for itself"
+    with pytest.raises(ZeroDivisionError):
+        compute.run(lambda: 1 / 0)
+    with pytest.raises(SystemExit):
+        compute.run(sys.exit)
+    assert compute.run(threading.current_thread) in threads, "a failed call ended the thread"
+
+
+def test_the_engines_forwards_are_all_there(checkpoints, monkeypatch):
+    engine = checkpoints["code"].engine("aa")
+    threads: list[str] = []
+    engine.model.register_forward_pre_hook(lambda *_: threads.append(threading.current_thread().name))
+    requests = [Request("x = ", adapter="aa", max_new_tokens=3, ignore_eos=True)]
+    (completion,) = engine.generate(requests)
+    own = engine.start(requests)
+    while not own.done:
+        own.step()
+    assert engine.verify(requests, [completion.token_ids], "flora").agrees
+    assert threads == ["flora-compute"] * (3 + 3 + 1)
+
+
+def test_work_apart_is_on_a_thread_that_ends():
+    thread = apart(threading.current_thread)
+    assert thread is not threading.current_thread() and not thread.is_alive()
+    with pytest.raises(ZeroDivisionError):
+        apart(lambda: 1 / 0)
