@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import random
+import sys
 import threading
 import time
 import weakref
@@ -421,6 +422,8 @@ class _Locked:
             self._generation.close()
 
     def __del__(self) -> None:
+        if sys.is_finalizing():  # the modules that closing needs may be gone
+            return
         # Whoever drops the last reference may hold any lock: where it is not free, the batch is closed when the next one starts.
         if self._engine._turns.take_if_free():
             with self._engine._turns:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from flora.bank import AdapterBank, BatchServing
 from flora.engine.cache import RowCache, SpeechCache, prompt_mask, token_mask
+from flora.engine.device import apart
 from flora.engine.request import Request
 from flora.errors import AudioError, ModelError, RequestError
 from flora.models import LoadedModel
@@ -208,7 +210,8 @@ class SpeechRunner:
             raise AudioError(f"the clip is {seconds:.1f} s long and the model hears {self.window_s:g} s: trim it")
         if given_rate != rate:
             samples = soxr.resample(samples, given_rate, rate)
-        features = self.extractor(samples, sampling_rate=rate, return_tensors="pt").input_features[0]
+        extract = partial(self.extractor, samples, sampling_rate=rate, return_tensors="pt")
+        features = apart(extract).input_features[0]  # the caller's own thread would keep a team of OpenMP threads
         return EncodedRequest(self._start.known, features.to(self.device, self.dtype))
 
     def _encoder_states(self, encoded: Sequence[EncodedRequest]) -> Tensor:
