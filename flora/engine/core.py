@@ -230,7 +230,7 @@ class Core:
             tokens, positions = [row.token_ids[-1] for row in part], [row.position for row in part]
             return self.runner.decode(tokens, positions, self.cache, start, serving)
 
-        outcomes = self._isolate(forward, len(rows), rows, first=False)
+        outcomes = self._isolate(forward, rows, first=False)
         for row in rows:  # before any leaves: those behind it move, with all that they have cached
             row.position += 1
         for row, outcome in zip(rows, outcomes, strict=True):
@@ -244,7 +244,7 @@ class Core:
         def forward(start: int, stop: int) -> Tensor:
             return self.runner.prefill(pieces[start:stop], self.cache, first_row + start, self._serving(rows[start:stop]))
 
-        outcomes = self._isolate(forward, len(rows), rows, first=True)
+        outcomes = self._isolate(forward, rows, first=True)
         for chunk in chunks:  # before any leaves: those behind it move, with all that they have cached
             chunk.item.num_prefilled += chunk.length
         for chunk, outcome in zip(chunks, outcomes, strict=True):
@@ -258,7 +258,7 @@ class Core:
             self._take(row, outcome)
 
     def _isolate(
-        self, forward: Callable[[int, int], Tensor], count: int, rows: Sequence[Row], first: bool
+        self, forward: Callable[[int, int], Tensor], rows: Sequence[Row], first: bool
     ) -> list[_Token | FloraError]:
         """What came of each row. Where the forward of several raises, the halves are tried apart, down to the row at fault."""
 
@@ -283,7 +283,7 @@ class Core:
                 for row, token, value in zip(part, ids, values, strict=True)
             ]
 
-        return attempt(0, count)
+        return attempt(0, len(rows))
 
     # ------------------------------------------------------------------------------------------------------- postprocess
 

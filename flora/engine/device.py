@@ -105,11 +105,12 @@ class ComputeThread:
     """
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._begin()
+        self.begin()
 
-    def _begin(self) -> None:
-        self._process, self._thread = os.getpid(), None
+    def begin(self) -> None:
+        """Without a thread, which the first call makes: at first, and in a forked process, which has not its parent's."""
+        self._guard = threading.Lock()
+        self._thread: threading.Thread | None = None
         self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
 
     def run(self, function: Callable[[], Result]) -> Result:
@@ -117,8 +118,6 @@ class ComputeThread:
         if threading.current_thread() is self._thread:
             return function()
         with self._guard:
-            if self._process != os.getpid():  # a forked worker has no thread but the one that forked
-                self._begin()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, args=(self._calls,), name="flora-compute", daemon=True)
                 self._thread.start()
@@ -160,6 +159,8 @@ def apart(function: Callable[[], Result]) -> Result:
 
 
 _cpu = ComputeThread()
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_cpu.begin)
 
 
 def compute_on(device: torch.device) -> Callable[[Callable[[], Result]], Result]:
