@@ -105,6 +105,15 @@ class AdaptedLinear(nn.Module):
         merge = ops.merge_flora if family == "flora" else ops.merge_lora
         return merge(self.weight, A, B)
 
+    def store_by_input(self) -> None:
+        """Store a plain float32 weight on a CPU with each input's column in one piece; its shape stays (d_out, d_in).
+
+        For the few rows of a decode step, MKL's product with a weight that lies so is up to a third faster.
+        """
+        weight = self.base.weight
+        if type(self.base) is nn.Linear and weight.device.type == "cpu" and weight.dtype == torch.float32:
+            weight.data = weight.data.T.contiguous().T
+
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, {self.name}"
 

@@ -45,6 +45,12 @@ FAMILY: dict[str, str | None] = {
 
 METHODS = tuple(FAMILY)
 
+MODULATED_BYTES = {True: 4 << 20, False: 256 << 20}
+"""Weights that `flora_modulate` forms at once: as much as stays in the caches of a few cores (on a CPU: True), or in part of a GPU.
+
+Each core forms its adapters' and multiplies with them. One weight at a time is split between cores twice, once to form it and once
+to multiply, which on two cores took twice as long."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -58,6 +64,15 @@ class Segment:
     def of(self, x: Tensor) -> Tensor:
         """The segment's rows of x (n, l, d)."""
         return x[self.rows] if self.span is None else x[self.span]
+
+
+@dataclass(frozen=True)
+class SegmentBlock:
+    """Segments of one rank and equally many rows: one batched product serves them together."""
+
+    rank: int  # 0: the bare layer
+    slots: Tensor  # (c,) int64
+    rows: Tensor | None  # (c · rows of each,) int64, segment by segment; None: the batch's rows as they stand
 
 
 @dataclass(frozen=True)
@@ -75,12 +90,13 @@ class Routing:
 
     slots: Tensor  # (n,) int64
     segments: tuple[Segment, ...]
+    blocks: tuple[SegmentBlock, ...]
     rank_groups: tuple[RankGroup, ...]  # adapters of rank 0 left out
     expanded_row: Tensor  # (m,) int64, the row each expanded row copies; m = Σ max(rank, 1)
     expanded_component: Tensor  # (m,) int64, slot · r + k of its factors in A and B seen as (slots · r, d)
 
     uniform_rank: int | None  # the rank that every row has, or None where ranks differ
-    restore: Tensor | None  # (n,) int64, where each row stands when segments are laid end to end; None: where it stands anyway
+    restore: Tensor | None  # (n,) int64, where each row stands when blocks are laid end to end; None: where it stands anyway
     _forms: dict[tuple[int, int, str], str] = field(default_factory=dict, repr=False, compare=False)
     _kept: dict[tuple[str, int], Tensor] | None = field(default=None, repr=False, compare=False)
 
@@ -126,7 +142,11 @@ def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: 
         by_slot.setdefault(slot, []).append(row)
         by_rank.setdefault(ranks[slot], []).append(row)
     groups = [(rank, rows) for rank, rows in sorted(by_rank.items()) if rank > 0]
-    laid_out = [row for rows in by_slot.values() for row in rows]
+    by_shape: dict[tuple[int, int], list[int]] = {}  # (rank, rows of each) → slots
+    for slot, rows in by_slot.items():
+        by_shape.setdefault((ranks[slot], len(rows)), []).append(slot)
+    block_rows = [[row for slot in shared for row in by_slot[slot]] for shared in by_shape.values()]
+    laid_out = [row for rows in block_rows for row in rows]
     in_order = laid_out == list(range(len(slots)))
     expanded = [(row, slot * rank_stride + k) for row, slot in enumerate(slots) for k in range(max(1, ranks[slot]))]
     lists = [
@@ -135,6 +155,8 @@ def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: 
         [component for _, component in expanded],
         sorted(range(len(slots)), key=laid_out.__getitem__),
         *by_slot.values(),
+        *by_shape.values(),
+        *block_rows,
         *(rows for _, rows in groups),
         *([slots[row] for row in rows] for _, rows in groups),
     ]
@@ -143,10 +165,15 @@ def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: 
     tensors = iter(numbers.split([len(one) for one in lists]))
     row_slots, expanded_row, expanded_component, restore = (next(tensors) for _ in range(4))
     segments = tuple(Segment(slot, ranks[slot], next(tensors), _span(rows)) for slot, rows in by_slot.items())
+    block_slots, blocks_rows = [next(tensors) for _ in by_shape], [next(tensors) for _ in by_shape]
     group_rows = [next(tensors) for _ in groups]
     return Routing(
         slots=row_slots,
         segments=segments,
+        blocks=tuple(
+            SegmentBlock(rank, shared, None if in_order and len(by_shape) == 1 else rows)
+            for (rank, _), shared, rows in zip(by_shape, block_slots, blocks_rows, strict=True)
+        ),
         rank_groups=tuple(
             RankGroup(rank, None if len(rows) == len(slots) else places, next(tensors))
             for (rank, rows), places in zip(groups, group_rows, strict=True)
@@ -206,18 +233,34 @@ def expand_around(
     if rank == 0:
         return _biased(product(x), bias)
     if rank is not None:
-        a = routing.gather("A", A, rank, routing.slots).unsqueeze(2)  # (n, rank, 1, d_in)
-        b = routing.gather("B", B, rank, routing.slots).unsqueeze(2)  # (n, rank, 1, d_out)
-        expanded = product((x.unsqueeze(1) * a).flatten(0, 1).to(x.dtype))  # (n · rank, l, d_out)
-        y = expanded.unflatten(0, (n, rank)) * b
-        y = y.squeeze(1) if rank == 1 else y.sum(1)
+        a = routing.gather("A", A, rank, routing.slots)  # (n, rank, d_in)
+        b = routing.gather("B", B, rank, routing.slots)  # (n, rank, d_out)
+        if l == 1:  # decoding: where the one token stands, stand its copies
+            expanded = product((x * a).to(x.dtype))  # (n, rank, d_out)
+        else:
+            copies = (x.unsqueeze(1) * a.unsqueeze(2)).flatten(0, 1)  # (n · rank, l, d_in)
+            expanded, b = product(copies.to(x.dtype)).unflatten(0, (n, rank)), b.unsqueeze(2)
+        scaled = _scaled(expanded, b)
+        if rank > 1:
+            y = scaled.sum(1, keepdim=l == 1)
+        else:
+            y = scaled if l == 1 else scaled.squeeze(1)
     else:
         a = routing.gather_expanded("A", A).unsqueeze(1)  # (m, 1, d_in)
         b = routing.gather_expanded("B", B).unsqueeze(1)  # (m, 1, d_out)
         expanded = product((x[routing.expanded_row] * a).to(x.dtype))  # (m, l, d_out)
-        scaled = expanded * b
-        y = scaled.new_zeros(n, l, scaled.shape[-1]).index_add(0, routing.expanded_row, scaled)
-    return _biased(y, bias).to(expanded.dtype)
+        scaled = _scaled(expanded, b)
+        y = scaled.new_zeros(n, l, scaled.shape[-1]).index_add_(0, routing.expanded_row, scaled)
+    if bias is not None:
+        y = y + bias if torch.is_grad_enabled() else y.add_(bias)
+    return y.to(expanded.dtype)
+
+
+def _scaled(expanded: Tensor, b: Tensor) -> Tensor:
+    """expanded ∘ b, where it stands if it may: at decode sizes, what is written anew costs as much as the arithmetic."""
+    if torch.is_grad_enabled() or expanded.dtype != b.dtype:
+        return expanded * b
+    return expanded.mul_(b)
 
 
 def _gather(factors: Tensor, slots: Tensor, rank: int) -> Tensor:
@@ -241,11 +284,26 @@ def flora_modulate(
 ) -> Tensor:
     """fLoRA with each adapter's weight ∘ (Bᵀ A) formed once for its rows. Multiply-adds ≈ (r + n · l) · d_in · d_out each."""
     routing = _route_at_full_rank(A, slots, routing)
+    at_once = max(1, MODULATED_BYTES[x.device.type == "cpu"] // (weight.numel() * max(weight.element_size(), A.element_size())))
+    parts = []
+    for block in routing.blocks:
+        rows = x if block.rows is None else x.index_select(0, block.rows)
+        if block.rank == 0:
+            parts.append(linear(rows, weight, bias))
+            continue
+        of_each = rows.unflatten(0, (block.slots.shape[0], -1)).flatten(1, 2)  # (c, rows of each · l, d_in)
+        for some_rows, some_slots in zip(of_each.split(at_once), block.slots.split(at_once), strict=True):
+            modulated = merge_flora(weight, _gather(A, some_slots, block.rank), _gather(B, some_slots, block.rank))
+            parts.append(_products(some_rows, modulated, bias).unflatten(1, (-1, x.shape[1])).flatten(0, 1))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y if routing.restore is None else y.index_select(0, routing.restore)
 
-    def serve(segment: Segment, rows: Tensor) -> Tensor:
-        return linear(rows, _modulated(weight, A, B, segment), bias)
 
-    return _by_segment(x, routing, serve)
+def _products(rows: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """Each one's rows through its own weight: rows (c, m, d_in), weights (c, d_out, d_in) → (c, m, d_out)."""
+    if rows.shape[0] == 1:
+        return linear(rows, weights[0], bias)
+    return torch.bmm(rows, weights.mT) if bias is None else torch.baddbmm(bias, rows, weights.mT)
 
 
 def flora(
@@ -259,21 +317,16 @@ def flora(
 
 
 def merge_flora(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """weight ∘ (Bᵀ A) of one adapter, in the weight's dtype: weight (d_out, d_in), A (r, d_in), B (r, d_out).
+    """weight ∘ (Bᵀ A) of one adapter or several, in the weight's dtype: weight (d_out, d_in), A (…, r, d_in), B (…, r, d_out).
 
     Bᵀ A keeps the factors' precision, under autocast too: it lies around one, where bfloat16 has steps of a percent.
     """
+    by_input = weight.T.is_contiguous()  # stored that way: what is formed has its layout
     with torch.autocast(weight.device.type, enabled=False):
-        modulation = B.T @ A
+        modulation = (A.mT @ B).mT if by_input else B.mT @ A
     # In place saves a pass over memory; a weight that is trained itself needs the modulation for its gradient.
     merged = modulation * weight if weight.requires_grad else modulation.mul_(weight)
     return merged.to(weight.dtype)
-
-
-def _modulated(weight: Tensor, A: Tensor, B: Tensor, segment: Segment) -> Tensor:
-    if segment.rank == 0:
-        return weight
-    return merge_flora(weight, A[segment.slot, : segment.rank], B[segment.slot, : segment.rank])
 
 
 # ---------------------------------------------------------------------------------------------------------------- lora
@@ -339,13 +392,6 @@ def merge_lora(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
-
-
-def _by_segment(x: Tensor, routing: Routing, serve: Callable[[Segment, Tensor], Tensor]) -> Tensor:
-    """Serve each segment's rows apart and put the results back in the batch's order."""
-    parts = [serve(segment, segment.of(x)) for segment in routing.segments]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return y if routing.restore is None else y.index_select(0, routing.restore)
 
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {

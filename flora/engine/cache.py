@@ -27,8 +27,17 @@ class Window:
         self.positions: Tensor | None = None  # (n,) int64 of the one token each row gets, or None for prompts
         self.row_numbers: Tensor | None = None  # (n,) int64 of the last rows that got one token each
         self.numbered: slice | None = None  # those rows
+        self.places: dict[tuple[int, int], Tensor] = {}  # by shape of a layer, where those tokens are written
         self.tokens: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # row, position; row and place in the input
         self.num_rows, self.num_positions = 0, 0  # reserved
+
+    def places_in(self, num_heads: int, num_positions: int) -> Tensor:
+        """(n · heads,) int64: where this step's tokens stand in (rows, heads, positions, d_head) seen as (…, d_head)."""
+        key = (num_heads, num_positions)
+        if key not in self.places:
+            heads = self.row_numbers[:, None] * num_heads + torch.arange(num_heads, device=self.row_numbers.device)
+            self.places[key] = (heads * num_positions + self.positions[:, None]).flatten()
+        return self.places[key]
 
 
 class RowLayer(CacheLayerMixin):
@@ -53,8 +62,10 @@ class RowLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         window = self.window
         if window.positions is not None:
-            self.keys[window.row_numbers, :, window.positions] = key_states[:, :, 0]
-            self.values[window.row_numbers, :, window.positions] = value_states[:, :, 0]
+            places = window.places_in(*self.keys.shape[1:3])
+            for kept, new in ((self.keys, key_states), (self.values, value_states)):
+                width = new.shape[-1]
+                kept.view(-1, width).index_copy_(0, places, new.reshape(-1, width))
         elif window.whole_prompts:
             self.keys[window.rows, :, : window.width] = key_states
             self.values[window.rows, :, : window.width] = value_states
@@ -146,6 +157,7 @@ class RowCache(Cache):
         if window.numbered != rows:
             window.numbered, window.row_numbers = rows, torch.arange(rows.start, rows.stop, device=positions.device)
         window.rows, window.positions, window.width = rows, positions, width
+        window.places.clear()
         window.whole_prompts = False
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -275,6 +287,7 @@ def prompt_mask(starts: Sequence[int], length: int, width: int, device: torch.de
     return (torch.arange(width, device=device) <= own[:, :, None])[:, None]
 
 
-def token_mask(positions: Tensor, width: int) -> Tensor:
-    """(n, 1, 1, width) bool for one new token per row at `positions` (n,)."""
-    return (torch.arange(width, device=positions.device) <= positions[:, None])[:, None, None]
+def token_mask(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """(n, 1, 1, width) for one new token per row at `positions` (n,): what is added to the scores, which every layer takes as it is."""
+    beyond = torch.arange(width, device=positions.device) > positions[:, None]
+    return torch.zeros(beyond.shape, dtype=dtype, device=beyond.device).masked_fill_(beyond, -torch.inf)[:, None, None]

@@ -104,6 +104,8 @@ class Engine:
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
         holder = ServingHolder()
         layers = inject(loaded.model, holder, skip=(loaded.model.get_output_embeddings(),))
+        for layer in layers.values():
+            layer.store_by_input()
         self.bank = AdapterBank(layers, holder, self.device, self.dtype, adapter_slots, host_adapter_bytes)
         self.runner = make_runner(loaded, self.bank)
         self._vocabulary = vocabulary_of(loaded)

@@ -104,7 +104,7 @@ class CodeRunner:
 
     def __init__(self, loaded: LoadedModel, bank: AdapterBank) -> None:
         self.model, self.tokenizer, self.bank = loaded.model, loaded.tokenizer, bank
-        self.device = loaded.model.device
+        self.device, self.dtype = loaded.model.device, loaded.model.dtype
         config = loaded.model.config
         # Within a sliding window, attention is the full one; beyond it the mask of a batch would have to know the window.
         self.context_length = min(config.max_position_embeddings, _sliding_window(config) or config.max_position_embeddings)
@@ -162,7 +162,7 @@ class CodeRunner:
         with self.bank.serve(serving):
             output = self.model(
                 input_ids=ids[:, None],
-                attention_mask=token_mask(places, width),
+                attention_mask=token_mask(places, width, self.dtype),
                 position_ids=places[:, None],
                 past_key_values=cache,
                 use_cache=True,
@@ -265,7 +265,7 @@ class SpeechRunner:
         # What the encoder heard is in the cache: the decoder asks for its states and does not look at them.
         states = torch.empty(len(tokens), 0, self.width, device=self.device, dtype=self.dtype)
         with self.bank.serve(serving):
-            return self._decoder(ids[:, None], states, token_mask(places, width), places[:, None], cache)[:, 0]
+            return self._decoder(ids[:, None], states, token_mask(places, width, self.dtype), places[:, None], cache)[:, 0]
 
     def score(
         self, encoded: Sequence[EncodedRequest], continuations: Sequence[Sequence[int]], serving: BatchServing

@@ -76,7 +76,7 @@ def read_tokens(model, cache: RowCache, rows: list[Sequence], first_row: int = 0
     cache.begin_tokens(first_row, positions, width)
     logits = model(
         input_ids=tokens,
-        attention_mask=token_mask(positions, width),
+        attention_mask=token_mask(positions, width, torch.float32),
         position_ids=positions[:, None],
         past_key_values=cache,
         use_cache=True,
@@ -237,7 +237,7 @@ def read_clips(model, cache: SpeechCache, rows: list[Transcript], first_row: int
     else:
         width = int(positions.max()) + 1
         cache.begin_tokens(first_row, positions, width)
-        states, mask, places = torch.empty(len(rows), 0, model.config.d_model), token_mask(positions, width), positions[:, None]
+        states, mask, places = torch.empty(len(rows), 0, model.config.d_model), token_mask(positions, width, torch.float32), positions[:, None]
     logits = model(
         encoder_outputs=BaseModelOutput(last_hidden_state=states),
         decoder_input_ids=ids,
