@@ -26,9 +26,6 @@ from torch import Tensor
 from flora.errors import AdapterError, FloraError
 from flora.formats import Adapter
 
-IDLE_S = 10.0
-"""How long the background reader waits for work before its thread ends; the next read starts another."""
-
 Reload = Callable[[], Sequence[Adapter]]
 """Reads a tag's adapters again: what they were added as, one of each family."""
 
@@ -316,10 +313,10 @@ class AdapterStore:
     # -------------------------------------------------------------------------------------------- background reader
 
     def _read_in_background(self) -> None:
+        """Read what is wanted, and end: a thread that has computed keeps a team of OpenMP threads, which slows every step down."""
         while True:
             with self._changed:
-                has_work = self._changed.wait_for(lambda: self._is_closed or self._wanted or self._ahead, IDLE_S)
-                if self._is_closed or not has_work:
+                if self._is_closed or not (self._wanted or self._ahead):
                     self._thread = None
                     return
                 stored = self._reading = self._next()

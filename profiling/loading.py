@@ -14,6 +14,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from flora.engine import Engine
+from flora.engine.device import apart
 from flora.errors import ModelError, RequestError
 from flora.formats import Adapter
 from flora.ops import FAMILY
@@ -57,16 +58,19 @@ def add_random_adapters(
     without, they are made again then. Raises AdapterError where the folder cannot be written to.
     """
     families = {FAMILY[method] for method in methods} - {None} or {"flora"}
-    rows = [RandomAdapters(engine.bank.layers, family, rank, seed) for family in FAMILIES if family in families]
     tags = tuple(f"random-r{rank}-{number:04}" for number in range(count))
-    if folder is not None:
-        written = [list(row.write(folder, count).values()) for row in rows]
+
+    def register() -> None:
+        rows = [RandomAdapters(engine.bank.layers, family, rank, seed) for family in FAMILIES if family in families]
+        written = [] if folder is None else [list(row.write(folder, count).values()) for row in rows]
         for number, tag in enumerate(tags):
-            engine.add_adapter(tag, [paths[number] for paths in written])
-        return tags
-    for number, tag in enumerate(tags):
-        make = partial(_made, rows, number)
-        engine.bank.add(tag, make(), reload=make)
+            if folder is None:
+                make = partial(_made, rows, number)
+                engine.bank.add(tag, make(), reload=make)
+            else:
+                engine.add_adapter(tag, [paths[number] for paths in written])
+
+    apart(register)
     return tags
 
 
