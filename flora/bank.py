@@ -33,8 +33,6 @@ IDENTITY_SLOT = 0
 KEPT_BYTES = 128 << 20
 """A batch's gathered factors are kept from step to step where those of all layers together are no more than this."""
 
-ONE_ADAPTER_AT_A_TIME = "weights are merged with one adapter at a time: group the batch by adapter first"
-
 MAX_LISTED_TAGS = 20
 """How many tags an error lists before it only counts them."""
 
@@ -428,13 +426,9 @@ class AdapterBank:
             slot = self._place(stored, packed)
             stored.counters.misses += 1
             stored.counters.copy_s += time.perf_counter() - started_s
-        self._pin_slot(slot)
+        self._users[slot] = self._users.get(slot, 0) + 1
+        self._idle.pop(slot, None)
         return slot
-
-    def _pin_slot(self, slot: int) -> None:
-        if slot != IDENTITY_SLOT:
-            self._users[slot] = self._users.get(slot, 0) + 1
-            self._idle.pop(slot, None)
 
     # ----------------------------------------------------------------------------------------------------- serving
 
@@ -447,7 +441,7 @@ class AdapterBank:
         """
         distinct = set(slots) - {IDENTITY_SLOT}
         if method == "merged" and len(set(slots)) > 1:
-            raise AdapterError(ONE_ADAPTER_AT_A_TIME)
+            raise AdapterError("weights are merged with one adapter at a time: group the batch by adapter first")
         if method == "base" or not distinct:
             return BatchServing(self, slots, method, None)
         for slot in distinct:
@@ -462,41 +456,6 @@ class AdapterBank:
             if family not in layouts:
                 raise AdapterError(f"adapter {stored.name!r} has no {family} checkpoint, which method {method} needs")
         return BatchServing(self, slots, method, family)
-
-    def serving(self, names: Sequence[str | None], method: str, family: str | None = None) -> BatchServing:
-        """Pin a batch of one tag (or None) per row and arrange it. Give it back with `release`.
-
-        All rows of a `merged` batch have the same adapter, since the weights are merged once; `family` says which of the tag's
-        adapters is merged where it has two.
-        """
-        for name in names:
-            if name is not None:
-                self.family_for(name, method)
-        if method == "merged" and len(set(names)) > 1:
-            raise AdapterError(ONE_ADAPTER_AT_A_TIME)
-        slots: list[int] = []
-        try:
-            for name in names:
-                slots.append(self.pin_now(name, method))
-            return self.arrange(slots, method, family)
-        except BaseException:
-            for slot in slots:
-                self.unpin(slot)
-            raise
-
-    def narrow(self, serving: BatchServing, kept: Sequence[int]) -> BatchServing:
-        """The same batch with only the rows at these places; replaces `serving`, whose pins are given back."""
-        narrowed = self.arrange([serving.slots[place] for place in kept], serving.method, serving.family)
-        with self._store.lock:
-            for slot in narrowed.slots:
-                self._pin_slot(slot)
-        self.release(serving)
-        return narrowed
-
-    def release(self, serving: BatchServing) -> None:
-        """Let go of a batch's slots."""
-        for slot in serving.slots:
-            self.unpin(slot)
 
     @contextmanager
     def serve(self, serving: BatchServing) -> Iterator[None]:

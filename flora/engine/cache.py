@@ -112,15 +112,19 @@ def _enlarged(old: Tensor, num_rows: int, num_positions: int) -> Tensor:
     return new
 
 
+def _rounded(num_positions: int) -> int:
+    return -(-num_positions // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE
+
+
 class RowCache(Cache):
     """All layers' `RowLayer`s.
 
-    max_rows, max_positions: what may be reserved at most.
+    max_rows, max_positions: what may be reserved at most. static_shapes: decoding is padded to few shapes, see `step_shape`.
     """
 
-    def __init__(self, num_layers: int, max_rows: int, max_positions: int) -> None:
+    def __init__(self, num_layers: int, max_rows: int, max_positions: int, static_shapes: bool = False) -> None:
         self.window = Window()
-        self.max_rows, self.max_positions = max_rows, max_positions
+        self.max_rows, self.max_positions, self.static_shapes = max_rows, max_positions, static_shapes
         super().__init__(layers=[RowLayer(self.window) for _ in range(num_layers)])
 
     def reserve(self, num_rows: int, num_positions: int) -> None:
@@ -131,11 +135,26 @@ class RowCache(Cache):
         rows = window.num_rows if num_rows <= window.num_rows else min(max(num_rows, 2 * window.num_rows), self.max_rows)
         positions = window.num_positions
         if num_positions > positions:
-            rounded = -(-max(num_positions, 2 * positions) // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE
-            positions = min(rounded, self.max_positions)
+            positions = min(_rounded(max(num_positions, 2 * positions)), self.max_positions)
         for layer in self.layers:
             layer.resize(rows, positions)
         window.num_rows, window.num_positions = rows, positions
+
+    def step_shape(self, first_row: int, num_rows: int, width: int) -> tuple[int, int]:
+        """Rows and positions of a step that decodes `num_rows` rows and looks at `width` positions.
+
+        With static shapes the rows are a power of two and the positions a multiple of 64, or all there are: a graph of each such
+        shape can be captured once and replayed. What the spare rows compute is written to `spare_position`.
+        """
+        if not self.static_shapes:
+            return num_rows, width
+        rows = min(1 << (num_rows - 1).bit_length(), self.window.num_rows - first_row)
+        return rows, min(_rounded(width), self.window.num_positions)
+
+    @property
+    def spare_position(self) -> int:
+        """Where no request has anything: its last token is never read again, and so never written."""
+        return self.window.num_positions - 1
 
     def begin_prompts(self, first_row: int, starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
         """The next forward reads a piece of one prompt per row: `lengths` tokens from position `starts` on, padded on the right."""
@@ -244,8 +263,8 @@ class CrossLayer(CacheLayerMixin):
 class SpeechCache(EncoderDecoderCache):
     """A `RowCache` of what the decoder wrote, and beside it what it looks up of each clip."""
 
-    def __init__(self, num_layers: int, max_rows: int, max_positions: int) -> None:
-        self.own = RowCache(num_layers, max_rows, max_positions)
+    def __init__(self, num_layers: int, max_rows: int, max_positions: int, static_shapes: bool = False) -> None:
+        self.own = RowCache(num_layers, max_rows, max_positions, static_shapes)
         super().__init__(self.own, Cache(layers=[CrossLayer(self.own.window) for _ in range(num_layers)]))
 
     def reserve(self, num_rows: int, num_positions: int) -> None:
@@ -253,6 +272,15 @@ class SpeechCache(EncoderDecoderCache):
         self.own.reserve(num_rows, num_positions)
         for layer in self.cross_attention_cache.layers:
             layer.resize(self.own.window.num_rows, 0)
+
+    def step_shape(self, first_row: int, num_rows: int, width: int) -> tuple[int, int]:
+        """As `RowCache.step_shape`."""
+        return self.own.step_shape(first_row, num_rows, width)
+
+    @property
+    def spare_position(self) -> int:
+        """As `RowCache.spare_position`."""
+        return self.own.spare_position
 
     def begin_prompts(self, first_row: int, starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> None:
         """As `RowCache.begin_prompts`; the clips' keys and values are written, too."""
@@ -288,6 +316,6 @@ def prompt_mask(starts: Sequence[int], length: int, width: int, device: torch.de
 
 
 def token_mask(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """(n, 1, 1, width) for one new token per row at `positions` (n,): what is added to the scores, which every layer takes as it is."""
+    """(n, 1, 1, width) for one new token per row at `positions` (n,): what is added to the scores; no layer has to convert it."""
     beyond = torch.arange(width, device=positions.device) > positions[:, None]
     return torch.zeros(beyond.shape, dtype=dtype, device=beyond.device).masked_fill_(beyond, -torch.inf)[:, None, None]

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flora.bank import AdapterBank, BatchServing
+from flora.bank import IDENTITY_SLOT, AdapterBank, BatchServing
 from flora.engine.request import Completion, Event, FailEvent, FinishEvent, Request, TokenEvent
 from flora.engine.runner import EncodedRequest, PromptPiece, Runner
 from flora.engine.scheduler import Chunk, Scheduler
@@ -96,7 +96,8 @@ class Counts:
 class Core:
     """Serves requests with one method. Everything but `add` happens on the thread that steps it.
 
-    max_rows: requests that run at once. max_batch_tokens: of one step. counts: where it notes what it has done.
+    max_rows: requests that run at once. max_batch_tokens: of one step. counts: where it notes what it has done. static_shapes: pad
+    steps that decode to few shapes.
     """
 
     def __init__(
@@ -108,10 +109,11 @@ class Core:
         max_rows: int,
         max_batch_tokens: int,
         counts: Counts,
+        static_shapes: bool = False,
     ) -> None:
         self.runner, self.bank, self.vocabulary, self.method, self.counts = runner, bank, vocabulary, method, counts
         self.scheduler: Scheduler[Row] = Scheduler(max_rows, max_batch_tokens)
-        self.cache = runner.new_cache(max_rows)
+        self.cache = runner.new_cache(max_rows, static_shapes)
         self._decode_serving: BatchServing | None = None  # of the rows that decode; None once one has come or gone
         self._merged_serving: BatchServing | None = None  # method `merged`: of the one adapter that is being served
         self.told: list[Told] = []  # of the step under way
@@ -210,8 +212,8 @@ class Core:
         row.times.admitted_s = time.perf_counter()
         return True
 
-    def _serving(self, rows: Sequence[Row]) -> BatchServing:
-        slots = [row.slot for row in rows]
+    def _serving(self, rows: Sequence[Row], num_spare: int = 0) -> BatchServing:
+        slots = [*(row.slot for row in rows), *[IDENTITY_SLOT] * num_spare]
         if self.method != "merged":
             return self.bank.arrange(slots, self.method)
         if self._merged_serving is None:
@@ -221,12 +223,16 @@ class Core:
     # --------------------------------------------------------------------------------------------------------------- run
 
     def _decode(self, rows: Sequence[Row]) -> None:
+        def serving_of(start: int, stop: int) -> BatchServing:
+            num_rows, _ = self.cache.step_shape(start, stop - start, 1)
+            return self._serving(rows[start:stop], num_rows - (stop - start))
+
         if self._decode_serving is None:
-            self._decode_serving = self._serving(rows)
+            self._decode_serving = serving_of(0, len(rows))
 
         def forward(start: int, stop: int) -> Tensor:
             part = rows[start:stop]
-            serving = self._decode_serving if len(part) == len(rows) else self._serving(part)
+            serving = self._decode_serving if len(part) == len(rows) else serving_of(start, stop)
             tokens, positions = [row.token_ids[-1] for row in part], [row.position for row in part]
             return self.runner.decode(tokens, positions, self.cache, start, serving)
 
@@ -257,9 +263,7 @@ class Core:
                 self._decode_serving = None
             self._take(row, outcome)
 
-    def _isolate(
-        self, forward: Callable[[int, int], Tensor], rows: Sequence[Row], first: bool
-    ) -> list[_Token | FloraError]:
+    def _isolate(self, forward: Callable[[int, int], Tensor], rows: Sequence[Row], first: bool) -> list[_Token | FloraError]:
         """What came of each row. Where the forward of several raises, the halves are tried apart, down to the row at fault."""
 
         def attempt(start: int, stop: int) -> list[_Token | FloraError]:

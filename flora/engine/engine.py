@@ -79,7 +79,8 @@ class Engine:
     Any number of threads may submit, stream and generate at once: their requests join one batch per method, on a thread that owns
     the device. max_batch_size: requests that run at once. adapter_slots: adapters on the device at once. host_adapter_bytes: of
     adapters kept in memory besides; the rest is read from disk when it is wanted. max_waiting: requests that may stand in line.
-    max_batch_tokens: decoded and prompt tokens of one step; longer prompts are read in pieces.
+    max_batch_tokens: decoded and prompt tokens of one step; longer prompts are read in pieces. static_shapes: whether steps that
+    decode are padded to few shapes, so that CUDA graphs can capture them; by default on a GPU.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Engine:
         host_adapter_bytes: int = 2 << 30,
         max_waiting: int = 256,
         max_batch_tokens: int = 2048,
+        static_shapes: bool | None = None,
     ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("adapter_slots", adapter_slots), ("max_waiting", max_waiting)):
             if value < 1:
@@ -102,6 +104,7 @@ class Engine:
         self.model, self.processor, self.tokenizer = loaded.model, loaded.processor, loaded.tokenizer
         self.device, self.dtype = loaded.model.device, loaded.model.dtype
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
+        self.static_shapes = self.device.type == "cuda" if static_shapes is None else static_shapes
         holder = ServingHolder()
         layers = inject(loaded.model, holder, skip=(loaded.model.get_output_embeddings(),))
         for layer in layers.values():
@@ -126,11 +129,11 @@ class Engine:
         quantize: str | None = None,
         weights: str = "pretrained",
         max_batch_size: int = 32,
-        **serving: int,
+        **serving: int | bool | None,
     ) -> Engine:
         """Load a base model (folder, hub id or short name) and its adapters: tag → one checkpoint, or one of each family.
 
-        serving: adapter_slots, host_adapter_bytes, max_waiting and max_batch_tokens, as the class explains them.
+        serving: adapter_slots, host_adapter_bytes, max_waiting, max_batch_tokens and static_shapes, as the class explains them.
         Raises ModelError, AdapterError or CheckpointError, each naming what is wrong.
         """
         load = partial(load_model, name, device, dtype, quantize, weights)
@@ -140,7 +143,7 @@ class Engine:
         return engine
 
     def _make_core(self, method: str, max_rows: int, max_batch_tokens: int) -> Core:
-        return Core(self.runner, self.bank, self._vocabulary, method, max_rows, max_batch_tokens, self._counts)
+        return Core(self.runner, self.bank, self._vocabulary, method, max_rows, max_batch_tokens, self._counts, self.static_shapes)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Take no more requests; those that wait or run may finish for `timeout_s` seconds, then they fail by name."""
@@ -221,9 +224,9 @@ class Engine:
     ) -> Ticket:
         """Put a request in line and return at once. It joins whatever runs with the same method.
 
-        session: whose request it is; sessions take turns. deadline_s: seconds from now after which it fails by name. seed, index:
-        what is sampled depends on both, and `index` is what its events carry. listener: called with every event on the engine's
-        thread, which waits for it, instead of keeping them for whoever iterates over the ticket.
+        session: whose request it is; sessions take turns, and none fills the line. deadline_s: seconds from now after which it
+        fails by name. seed, index: what is sampled depends on both, and `index` is what its events carry. listener: called with
+        every event on the engine's thread, which waits for it, instead of keeping them for whoever iterates over the ticket.
         Raises RequestError, AudioError or AdapterError for what cannot be served, BusyError where too many wait.
         """
         if deadline_s is not None and not deadline_s > 0:
@@ -257,14 +260,18 @@ class Engine:
                 # Of a long list the next ones are ready, and no more of them in everybody's way.
                 for place, request in itertools.islice(following, at_once - len(tickets) - len(ready)):
                     ready.append(self._row(request, method, seed, place, place, session))
-                try:
-                    if ready:  # else it is only waited for those that were taken: an engine that shuts down finishes them
-                        submitted = self._server.submit(ready, method, None, events.put)
-                        tickets |= {row.index: ticket for row, ticket in zip(ready, submitted, strict=True)}
-                        ready = []
-                except BusyError:
-                    if not tickets:
-                        raise
+                # Where the line has no room for all of them, the first is enough to go on; else those that were taken are waited
+                # for: an engine that shuts down finishes them.
+                for count in dict.fromkeys((len(ready), min(1, len(ready)))):
+                    try:
+                        submitted = self._server.submit(ready[:count], method, None, events.put) if count else []
+                    except BusyError:
+                        if not tickets and count == 1:
+                            raise
+                    else:
+                        tickets |= {row.index: ticket for row, ticket in zip(ready[:count], submitted, strict=True)}
+                        ready = ready[count:]
+                        break
                 if not tickets:
                     return
                 event = events.get()
@@ -346,7 +353,6 @@ class Engine:
         with self._own_batches_guard:
             self._own_batches.add(core)
         return BatchGeneration(core, rows)
-
 
     # ------------------------------------------------------------------------------------------------- verification
 

@@ -63,7 +63,7 @@ class Runner(Protocol):
     def cost(self, encoded: EncodedRequest) -> int:
         """Positions that the model computes to read the prompt, the encoder's among them."""
 
-    def new_cache(self, max_rows: int) -> RowCache | SpeechCache:
+    def new_cache(self, max_rows: int, static_shapes: bool = False) -> RowCache | SpeechCache:
         """An empty cache for up to `max_rows` running requests; memory is taken as it is reserved."""
 
     def prefill(
@@ -74,7 +74,10 @@ class Runner(Protocol):
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], cache: RowCache | SpeechCache, first_row: int, serving: BatchServing
     ) -> Tensor:
-        """Read one more token into each row from `first_row` on, at its position; the logits (n, vocabulary) after it."""
+        """Read one more token into each row from `first_row` on, at its position; the logits (n, vocabulary) after it.
+
+        serving: for as many rows as the cache's `step_shape` says, the spare ones behind those that decode.
+        """
 
     def score(
         self, encoded: Sequence[EncodedRequest], continuations: Sequence[Sequence[int]], serving: BatchServing
@@ -90,6 +93,21 @@ def _right_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> T
     """(n, longest) int64; what stands in the padding is never looked at."""
     longest = max(len(ids) for ids in sequences)
     return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sequences], device=device)
+
+
+def _begin_tokens(
+    tokens: Sequence[int], positions: Sequence[int], cache: RowCache | SpeechCache, first_row: int, device: torch.device
+) -> tuple[Tensor, Tensor, int]:
+    """Tell the cache of a step that decodes; its tokens (rows,), their positions (rows,) and the number of positions in sight.
+
+    A spare row reads token 0 at position 0, sees nothing but that place, and is written where nobody looks.
+    """
+    rows, width = cache.step_shape(first_row, len(tokens), max(positions) + 1)
+    spare = [0] * (rows - len(tokens))
+    targets = [*positions, *[cache.spare_position] * len(spare)]
+    ids, places, written = torch.tensor(([*tokens, *spare], [*positions, *spare], targets), device=device)  # (rows,) each
+    cache.begin_tokens(first_row, written, width)
+    return ids, places, width
 
 
 def _sliding_window(config: Any) -> int | None:
@@ -132,8 +150,8 @@ class CodeRunner:
     def cost(self, encoded: EncodedRequest) -> int:
         return len(encoded.prompt_ids)
 
-    def new_cache(self, max_rows: int) -> RowCache:
-        return RowCache(self.num_layers, max_rows, self.context_length)
+    def new_cache(self, max_rows: int, static_shapes: bool = False) -> RowCache:
+        return RowCache(self.num_layers, max_rows, self.context_length, static_shapes)
 
     def prefill(self, pieces: Sequence[PromptPiece], cache: RowCache, first_row: int, serving: BatchServing) -> Tensor:
         ids = _right_padded([piece.ids for piece in pieces], self.device)  # (n, l)
@@ -156,9 +174,7 @@ class CodeRunner:
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], cache: RowCache, first_row: int, serving: BatchServing
     ) -> Tensor:
-        ids, places = torch.tensor((tokens, positions), device=self.device)  # (n,), (n,)
-        width = max(positions) + 1
-        cache.begin_tokens(first_row, places, width)
+        ids, places, width = _begin_tokens(tokens, positions, cache, first_row, self.device)
         with self.bank.serve(serving):
             output = self.model(
                 input_ids=ids[:, None],
@@ -167,7 +183,7 @@ class CodeRunner:
                 past_key_values=cache,
                 use_cache=True,
             )
-        return output.logits[:, 0]
+        return output.logits[: len(tokens), 0]
 
     def score(
         self, encoded: Sequence[EncodedRequest], continuations: Sequence[Sequence[int]], serving: BatchServing
@@ -245,8 +261,8 @@ class SpeechRunner:
     def cost(self, encoded: EncodedRequest) -> int:
         return self.num_frames + len(encoded.prompt_ids)
 
-    def new_cache(self, max_rows: int) -> SpeechCache:
-        return SpeechCache(self.num_layers, max_rows, self.context_length)
+    def new_cache(self, max_rows: int, static_shapes: bool = False) -> SpeechCache:
+        return SpeechCache(self.num_layers, max_rows, self.context_length, static_shapes)
 
     def prefill(self, pieces: Sequence[PromptPiece], cache: SpeechCache, first_row: int, serving: BatchServing) -> Tensor:
         with self.bank.serve(serving):
@@ -259,13 +275,12 @@ class SpeechRunner:
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], cache: SpeechCache, first_row: int, serving: BatchServing
     ) -> Tensor:
-        ids, places = torch.tensor((tokens, positions), device=self.device)  # (n,), (n,)
-        width = max(positions) + 1
-        cache.begin_tokens(first_row, places, width)
+        ids, places, width = _begin_tokens(tokens, positions, cache, first_row, self.device)
         # What the encoder heard is in the cache: the decoder asks for its states and does not look at them.
-        states = torch.empty(len(tokens), 0, self.width, device=self.device, dtype=self.dtype)
+        states = torch.empty(len(ids), 0, self.width, device=self.device, dtype=self.dtype)
         with self.bank.serve(serving):
-            return self._decoder(ids[:, None], states, token_mask(places, width, self.dtype), places[:, None], cache)[:, 0]
+            logits = self._decoder(ids[:, None], states, token_mask(places, width, self.dtype), places[:, None], cache)
+        return logits[: len(tokens), 0]
 
     def score(
         self, encoded: Sequence[EncodedRequest], continuations: Sequence[Sequence[int]], serving: BatchServing

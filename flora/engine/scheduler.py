@@ -71,6 +71,10 @@ class Scheduler(Generic[Item]):
     def num_running(self) -> int:
         return len(self.decoding) + len(self.prefilling)
 
+    def waiting_by_session(self) -> dict[Hashable, int]:
+        """How many of each session stand in line."""
+        return {session: len(queue) for session, queue in self._waiting.copy().items()}
+
     def waiting(self) -> Iterator[Item]:
         """In the order of admission: every session's first, then every session's second, and so on."""
         rounds = [iter(queue) for queue in self._waiting.values()]

@@ -10,8 +10,8 @@ import os
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from weakref import WeakSet
 
 import torch
@@ -169,7 +169,10 @@ class Server:
     # ----------------------------------------------------------------------------------------------------- any thread
 
     def submit(self, rows: Sequence[Row], method: str, deadline_s: float | None, listener: Listener | None) -> list[Ticket]:
-        """Put requests in line together. BusyError where too many stand there already, or the engine is shutting down."""
+        """Put the requests of one session in line together.
+
+        BusyError where too many stand there already, of all sessions or of this one, or where the engine is shutting down.
+        """
         tickets = [Ticket(self, row, method, listener) for row in rows]
         now = time.perf_counter()
         with self._news:
@@ -177,6 +180,7 @@ class Server:
                 raise BusyError("the engine is shutting down: it takes no more requests")
             if (num_waiting := self.num_waiting) + len(tickets) > self.max_waiting:
                 raise BusyError(f"the engine is busy, {num_waiting} requests wait already: try again in a moment")
+            self._check_share(rows[0].session, len(rows))
             self._start_thread()
             for ticket in tickets:
                 ticket.times.arrival_s = now
@@ -186,6 +190,23 @@ class Server:
             self._news.notify()
         self._bank.prefetch([row.request.adapter for row in rows if row.request.adapter is not None])
         return tickets
+
+    def _check_share(self, session: Hashable, num_more: int) -> None:
+        """BusyError where a session would have more in line than its share: there is always room for those who come next.
+
+        Of s sessions in line, each may have an (s + 1)-th of it. Requests without a session belong to nobody in particular.
+        """
+        if session is None:
+            return
+        waiting = Counter(ticket._row.session for ticket in list(self._arrived))
+        for core in self.cores:
+            waiting.update(core.scheduler.waiting_by_session())
+        share = max(1, self.max_waiting // (len(waiting.keys() | {session}) + 1))
+        if waiting[session] + num_more > share:
+            raise BusyError(
+                f"the engine is busy, {waiting[session]} of your requests wait already and your share of the line is {share}: "
+                "try again in a moment"
+            )
 
     def cancel(self, ticket: Ticket) -> None:
         with self._news:

@@ -26,13 +26,13 @@ def kind(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def make(checkpoints):
+@pytest.fixture(params=[False, True], ids=["exact-shapes", "static-shapes"])
+def make(checkpoints, request):
     """kind, options → an engine, closed at the end with nothing left behind."""
     made = []
 
     def make(kind: str, **options) -> Engine:
-        made.append(checkpoints[kind].engine(**options))
+        made.append(checkpoints[kind].engine(static_shapes=request.param, **options))
         return made[-1]
 
     yield make
@@ -296,3 +296,33 @@ def test_a_language_is_heard_for_each_clip_alone(tmp_path, clips):
     alone = [engine.generate([request], "base")[0].token_ids for request in requests]
     assert answers(engine, requests, "base") == alone
     engine.close()
+
+
+@pytest.mark.parametrize("kind", ["code", "speech"])
+def test_static_shapes_are_few_and_change_no_token(kind, checkpoints, clips, tiny_engines):
+    """Requests of many lengths that come and go: rows in powers of two, positions in multiples of 64, and the same tokens."""
+    engine = checkpoints[kind].engine(static_shapes=True, max_batch_size=6)
+    asked = [{"audio": clips[place % 4]} if kind == "speech" else {"prompt": "ab(" * (1 + place % 5)} for place in range(11)]
+    most = engine.context_length - 20
+    requests = [
+        Request(**one, adapter=TAGS[place % 5], max_new_tokens=min(most, 1 + 7 * place), ignore_eos=True)
+        for place, one in enumerate(asked)
+    ]
+    expected = [completion.token_ids for completion in tiny_engines[kind].generate(requests)]
+    shapes, decode = set(), engine.model.forward
+
+    def watched(*args, **inputs):
+        ids = inputs["input_ids"] if kind == "code" else inputs["decoder_input_ids"]
+        mask = inputs["attention_mask"] if kind == "code" else inputs["decoder_attention_mask"]
+        if ids.shape[1] == 1 < mask.shape[-1]:  # and no prompt of one token
+            shapes.add((ids.shape[0], mask.shape[-1]))
+        return decode(*args, **inputs)
+
+    engine.model.forward = watched
+    try:
+        assert [completion.token_ids for completion in engine.generate(requests)] == expected
+    finally:
+        engine.close(0)
+    widths = {width for _, width in shapes}
+    assert {rows for rows, _ in shapes} <= {1, 2, 4, 6} and len(shapes) < 4 * len(widths) + 1, shapes
+    assert all(width % 64 == 0 or width == engine.context_length for width in widths), shapes

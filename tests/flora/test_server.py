@@ -234,6 +234,37 @@ def test_a_long_list_goes_through_a_short_queue(make, tiny_engines):
 # -------------------------------------------------------------------------------------------------------------- fairness
 
 
+def test_nobody_fills_the_line(make, monkeypatch):
+    """Of s sessions in line each may have an (s + 1)-th of it: whoever comes next finds room."""
+    engine = make(max_batch_size=1, max_waiting=12)
+    held = Held(engine, monkeypatch)
+    running = engine.submit(ask())
+    until(lambda: running.state == "running")
+    tickets = []
+    for session, share in (("a", 6), ("b", 4), ("c", 2)):  # of the last one's 3, the first two left 2
+        with pytest.raises(BusyError) as refused:
+            for _ in range(12):
+                tickets.append(engine.submit(ask(length=1), session=session))
+        assert engine.snapshot().waiting == len(tickets)
+        assert sum(ticket._row.session == session for ticket in tickets) == share
+        if session != "c":
+            assert f"{share} of your requests wait already and your share of the line is {share}" in str(refused.value)
+    held.let_go()
+    assert [ticket.result(PATIENCE_S).finish_reason for ticket in tickets] == ["length"] * 12
+    assert engine.submit(ask(length=1), session="a").result(PATIENCE_S).finish_reason == "length"
+
+
+def test_a_list_goes_through_beside_a_crowd(make, monkeypatch):
+    """Where the line has no room for all that a list would send at once, it goes on with what is taken."""
+    engine = make(max_batch_size=4, max_waiting=8)
+    held = Held(engine, monkeypatch)
+    crowd = [engine.submit(ask(length=3), session="crowd") for _ in range(4)]
+    answers = engine.stream([ask(length=2) for _ in range(20)])
+    held.let_go()
+    assert sum(isinstance(event, FinishEvent) for event in answers) == 20
+    assert all(ticket.result(PATIENCE_S).finish_reason == "length" for ticket in crowd)
+
+
 def test_a_crowd_does_not_keep_out_who_asks_once(make, monkeypatch):
     engine = make(max_batch_size=1)
     held = Held(engine, monkeypatch)
