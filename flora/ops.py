@@ -45,8 +45,8 @@ FAMILY: dict[str, str | None] = {
 
 METHODS = tuple(FAMILY)
 
-MODULATED_BYTES = {True: 4 << 20, False: 256 << 20}
-"""Weights that `flora_modulate` forms at once: as much as stays in the caches of a few cores (on a CPU: True), or in part of a GPU.
+MODULATED_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+"""Weights that `flora_modulate` forms at once: on a CPU what stays in the caches of a few cores, on a GPU a part of its memory.
 
 Each core forms its adapters' and multiplies with them. One weight at a time is split between cores twice, once to form it and once
 to multiply, which on two cores took twice as long."""
@@ -284,7 +284,8 @@ def flora_modulate(
 ) -> Tensor:
     """fLoRA with each adapter's weight ∘ (Bᵀ A) formed once for its rows. Multiply-adds ≈ (r + n · l) · d_in · d_out each."""
     routing = _route_at_full_rank(A, slots, routing)
-    at_once = max(1, MODULATED_BYTES[x.device.type == "cpu"] // (weight.numel() * max(weight.element_size(), A.element_size())))
+    bytes_each = weight.numel() * max(weight.element_size(), A.element_size())
+    at_once = max(1, MODULATED_BYTES["cpu" if x.device.type == "cpu" else "cuda"] // bytes_each)
     parts = []
     for block in routing.blocks:
         rows = x if block.rows is None else x.index_select(0, block.rows)
