@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
-from flora.bank import IDENTITY_SLOT, AdapterBank
+from flora.bank import IDENTITY_SLOT, AdapterBank, BatchServing
 from flora.formats import Adapter
 from flora.layers import ServingHolder, inject
 
@@ -33,6 +36,19 @@ def make_net() -> Net:
 def make_bank(net: Net | None = None, dtype: torch.dtype = torch.float32, **options) -> AdapterBank:
     holder = ServingHolder()
     return AdapterBank(inject(net or make_net(), holder), holder, torch.device("cpu"), dtype, **options)
+
+
+@contextmanager
+def pinned_batch(bank: AdapterBank, names: Sequence[str | None], method: str) -> Iterator[BatchServing]:
+    """A batch of one tag (or None) per row, each row's slot pinned during this context."""
+    slots: list[int] = []
+    try:
+        for name in names:
+            slots.append(bank.pin_now(name, method))
+        yield bank.arrange(slots, method)
+    finally:
+        for slot in slots:
+            bank.unpin(slot)
 
 
 def adapter(family: str, rank: int = 1, seed: int = 0, layers: tuple[str, ...] = LAYERS, shapes: dict | None = None) -> Adapter:

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from tiny_bank import LAYERS, NUM_FACTORS, SHAPES, D, Net, adapter, assert_holds, make_bank, make_net
+from tiny_bank import LAYERS, NUM_FACTORS, SHAPES, D, Net, adapter, assert_holds, make_bank, make_net, pinned_batch
 
 from flora import AdapterError, Request, UnknownAdapterError, ops
 from flora.bank import IDENTITY_SLOT, AdapterBank
@@ -204,41 +204,31 @@ def test_rows_without_adapters_are_the_base_layer_and_take_no_slot(bank, net, me
     bank.unpin(IDENTITY_SLOT)
 
 
-# ------------------------------------------------------------------------------------------- batches that pin their own
-
-
-def test_a_batch_that_pins_its_own_slots(bank, net):
+def test_a_batch_narrows_to_the_rows_that_are_left_and_the_others_let_go(bank, net):
     added = {name: adapter("flora", rank, rank) for name, rank in (("small", 1), ("large", 5))}
     for name, entry in added.items():
         bank.add(name, [entry])
-    serving = bank.serving(["small", None, "large", "small"], "flora")
-    truth = by_hand(net, X, added["small"], None, added["large"], added["small"])
-    assert_close(answer(bank, net, serving, X), truth)
-    bank.release(serving)
-    assert not bank._users, "pins are left behind"
-    with pytest.raises(AdapterError, match="one adapter at a time"):
-        bank.serving(["small", None], "merged")
+    names = ["large", "small", None, "large"]
+    serving = pinned(bank, names, "flora")
+    assert_close(answer(bank, net, serving, X), by_hand(net, X, *map(added.get, names)))
+    for gone in (0, 2):
+        bank.unpin(serving.slots[gone])
+    narrowed = bank.arrange([serving.slots[1], serving.slots[3]], "flora")
+    assert_close(answer(bank, net, narrowed, X[[1, 3]]), by_hand(net, X[[1, 3]], added["small"], added["large"]))
+    for slot in narrowed.slots:
+        bank.unpin(slot)
+    with pytest.raises(AdapterError, match="is pinned by no request"):
+        bank.arrange(narrowed.slots, "flora")
 
 
-def test_a_batch_with_more_adapters_than_slots_pins_none(net):
+def test_a_batch_of_more_adapters_than_slots_is_refused_and_pins_none(net):
     bank = make_bank(net, num_slots=2)
     for seed in range(3):
         bank.add(f"tag{seed}", [adapter("flora", 1, seed)])
     with pytest.raises(AdapterError, match="'tag2' has to wait: all 2 adapter slots are in use"):
-        bank.serving(["tag0", "tag1", "tag0", "tag2"], "flora")
-    assert not bank._users
-
-
-def test_a_narrowed_batch_keeps_its_rows(bank, net):
-    small, large = adapter("flora", 1, 1), adapter("flora", 5, 2)
-    bank.add("small", [small])
-    bank.add("large", [large])
-    serving = bank.serving(["large", "small", None, "large"], "flora")
-    answer(bank, net, serving, X)
-    narrowed = bank.narrow(serving, [1, 3])
-    assert_close(answer(bank, net, narrowed, X[[1, 3]]), by_hand(net, X[[1, 3]], small, large))
-    bank.release(narrowed)
-    assert not bank._users, "pins are left behind"
+        with pinned_batch(bank, ["tag0", "tag1", "tag0", "tag2"], "flora"):
+            pass
+    assert bank.pin("tag2", "flora") is not None, "pins are left behind"
 
 
 # ----------------------------------------------------------------------------------------------------------------- slots

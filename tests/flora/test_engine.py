@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import tiny_models
 import torch
+from tiny_bank import pinned_batch
 from transformers import AutoTokenizer, WhisperProcessor
 
 from flora import Engine, Request, ops
@@ -168,10 +169,8 @@ def test_sampling_follows_the_models_probabilities(tiny_engines):
     for seed in range(40):
         for (token,) in token_ids(engine, requests, "flora", seed=seed):
             counts[token] += 1
-    serving = engine.bank.serving(["bb"], "flora")
-    with engine.bank.serve(serving), torch.no_grad():
+    with pinned_batch(engine.bank, ["bb"], "flora") as batch, engine.bank.serve(batch), torch.no_grad():
         logits = engine.model(engine.tokenizer("x = ", return_tensors="pt").input_ids).logits[0, -1]
-    engine.bank.release(serving)
     probabilities = torch.softmax(logits / temperature, -1)
     distance = 0.5 * (counts / counts.sum() - probabilities).abs().sum().item()  # total variation
     untempered = 0.5 * (counts / counts.sum() - torch.softmax(logits, -1)).abs().sum().item()

@@ -14,6 +14,7 @@ import tiny_models
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_bank import pinned_batch
 
 from flora import AdapterError, CheckpointError, Engine
 from flora.formats import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_flora, write_lora
@@ -43,12 +44,8 @@ def logits(model: torch.nn.Module, name: str, rows: int = 1) -> torch.Tensor:
 
 
 def served_logits(engine, name: str, tag: str, method: str) -> torch.Tensor:
-    serving = engine.bank.serving([tag], method)
-    try:
-        with engine.bank.serve(serving):
-            return logits(engine.model, name)
-    finally:
-        engine.bank.release(serving)
+    with pinned_batch(engine.bank, [tag], method) as batch, engine.bank.serve(batch):
+        return logits(engine.model, name)
 
 
 def assert_same_logits(ours: torch.Tensor, theirs: torch.Tensor, base: torch.Tensor) -> None:
@@ -166,10 +163,8 @@ def test_ia3_beside_flora_and_no_adapter_in_one_batch(name, ia3_models, tmp_path
     alone = {"first": peft_models[0], "second": peft_models[1], "flora": tiny_models.load_merged(ia3_models[name], flora)}
     truth = torch.cat([logits(alone.get(tag, model), name) for tag in tags])
     for method in ("flora", "flora-expand", "flora-modulate"):
-        serving = engine.bank.serving(tags, method)
-        with engine.bank.serve(serving):
+        with pinned_batch(engine.bank, tags, method) as batch, engine.bank.serve(batch):
             served = logits(engine.model, name, rows=len(tags))
-        engine.bank.release(serving)
         max_diff = (served - truth).abs().amax((1, 2))
         assert max_diff.max() < 1e-4 * truth.abs().max(), f"{method}: max_diff by row {max_diff.tolist()}"
 

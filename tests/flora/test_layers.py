@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tiny_bank import pinned_batch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -222,14 +223,14 @@ def test_after_serving_the_model_is_the_base_model_again(name, checkpoints):
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         before = engine.model(input_ids=ids).logits
-        held = engine.bank.serving(["aa"], "flora")
-        with engine.bank.serve(held):
-            served = engine.model(input_ids=ids).logits
-        assert not torch.equal(served, before), "the adapter changes nothing: the test shows nothing"
-        assert torch.equal(engine.model(input_ids=ids).logits, before)
-        with pytest.raises(AdapterError, match="got 2 rows for a batch of 1"), engine.bank.serve(held):
-            engine.model(input_ids=ids.expand(2, -1))
-        assert torch.equal(engine.model(input_ids=ids).logits, before)
+        with pinned_batch(engine.bank, ["aa"], "flora") as batch:
+            with engine.bank.serve(batch):
+                served = engine.model(input_ids=ids).logits
+            assert not torch.equal(served, before), "the adapter changes nothing: the test shows nothing"
+            assert torch.equal(engine.model(input_ids=ids).logits, before)
+            with pytest.raises(AdapterError, match="got 2 rows for a batch of 1"), engine.bank.serve(batch):
+                engine.model(input_ids=ids.expand(2, -1))
+            assert torch.equal(engine.model(input_ids=ids).logits, before)
 
 
 # -------------------------------------------------------------------------------------------------------- bitsandbytes

@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_bank import pinned_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flora import AdapterError, Engine, ModelError, Request
@@ -287,14 +288,12 @@ QUANTISED_BATCH = [
 def first_logits(engine: Engine, method: str) -> torch.Tensor:
     """(2, vocabulary) after the two prompts."""
     encoded = [engine.runner.encode(request) for request in QUANTISED_BATCH]
-    serving = engine.bank.serving([request.adapter for request in QUANTISED_BATCH], method)
-    with torch.inference_mode():
+    tags = [request.adapter for request in QUANTISED_BATCH]
+    with pinned_batch(engine.bank, tags, method) as batch, torch.inference_mode():
         cache = engine.runner.new_cache(max_rows=2)
         cache.reserve(2, 32)
         pieces = [PromptPiece(row, 0, len(row.prompt_ids)) for row in encoded]
-        logits = engine.runner.prefill(pieces, cache, 0, serving)
-    engine.bank.release(serving)
-    return logits
+        return engine.runner.prefill(pieces, cache, 0, batch)
 
 
 @pytest.mark.parametrize("method", ["flora", "flora-expand", "bmm-lora", "loop-lora", "base"])

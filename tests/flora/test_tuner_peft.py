@@ -25,6 +25,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
+from tiny_bank import pinned_batch
 from torch import nn
 
 from flora import AdapterError, Engine, FloraConfig, Request, RequestError, UnknownAdapterError
@@ -201,10 +202,8 @@ def test_what_is_saved_is_served_by_everyone(name, combine, folders, tmp_path):
 
     engine = Engine.from_pretrained(folders[name], {"tag": tmp_path}, device="cpu")
     for method in ("flora", "flora-expand", "flora-modulate", "merged"):
-        serving = engine.bank.serving(["tag"] * 3, method)
-        with engine.bank.serve(serving):
+        with pinned_batch(engine.bank, ["tag"] * 3, method) as batch, engine.bank.serve(batch):
             assert_close(logits(engine.model, name), expected, base)
-        engine.bank.release(serving)
 
 
 def test_the_tokens_are_the_engines(folders, tmp_path):
@@ -619,10 +618,8 @@ def test_a_quantised_model_from_start_to_server(quantize, wide, tmp_path):
     assert_close(served, expected, base, tolerance)
     assert_close(mixed, torch.stack([expected[0], base[1], expected[2]]), base, tolerance)
     engine = Engine.from_pretrained(wide, {"tag": tmp_path}, device="cpu", quantize=quantize)
-    serving = engine.bank.serving(["tag"] * 3, "flora")
-    with engine.bank.serve(serving):
+    with pinned_batch(engine.bank, ["tag"] * 3, "flora") as batch, engine.bank.serve(batch):
         assert_close(logits(engine.model, "code"), expected, base, tolerance)
-    engine.bank.release(serving)
 
     again.merge_adapter()
     merged = logits(again, "code")
