@@ -1,9 +1,10 @@
-"""The endpoints for programs: `/compare` and `/adapters`, for `gradio_client` or any HTTP client."""
+"""The endpoints for programs: `/compare`, `/generate` and `/adapters`, for `gradio_client` or any HTTP client."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from profiling import workload
 from profiling.compare import compare
 from profiling.dashboard.compare import MAX_NEW_TOKENS, WARMUP_STEPS, check_prompt_length
 from profiling.dashboard.device import MAX_IN_LINE, SERVER_ERROR, Device
+from profiling.dashboard.own_request import MAX_AT_ONCE, OwnRequest
 from profiling.dashboard.results import sentence
 from profiling.events import Finished
 
@@ -40,6 +42,23 @@ def add_endpoints(engines: Mapping[str, Engine], device: Device) -> None:
         """
         return _compare(engines, device, requests, methods or ["flora", "bmm-lora"], max_new_tokens)
 
+    def generate_endpoint(
+        request: gr.Request,
+        prompt: str | None = None,
+        adapter: str | None = None,
+        method: str = "flora",
+        max_new_tokens: int = workload.MAX_NEW_TOKENS,
+        audio: dict | None = None,
+    ) -> Iterator[dict]:
+        """Answer one request in the batch that everybody shares: send as many at once as you like, and they run together.
+
+        prompt: the beginning of a function; or, instead, audio: handle_file("clip.wav"). adapter: a tag of `/adapters`, null for
+        the base model. It streams: a few times a second {"text": so far, "num_new_tokens": 12, "finish_reason": null}. The last
+        value, which `predict` returns, has the finish_reason ("stop", "length" or "cancelled") and besides "ttft_s" and "tpot_s",
+        seconds to the first token and per further one, and "others_mean" and "others_max", the requests that ran beside it.
+        """
+        yield from _generate(engines, request.session_hash, prompt, adapter, method, max_new_tokens, audio)
+
     def adapters_endpoint() -> dict:
         """Every adapter tag, per kind of model: its families, ranks, size in bytes and number of adapted layers."""
         return {
@@ -56,7 +75,46 @@ def add_endpoints(engines: Mapping[str, Engine], device: Device) -> None:
         }
 
     gr.api(compare_endpoint, api_name="compare", concurrency_id="device", concurrency_limit=MAX_IN_LINE)
+    gr.api(generate_endpoint, api_name="generate", concurrency_id="generate", concurrency_limit=MAX_AT_ONCE)
     gr.api(adapters_endpoint, api_name="adapters", queue=False)
+
+
+def _generate(
+    engines: Mapping[str, Engine],
+    session: str | None,
+    prompt: Any,
+    adapter: Any,
+    method: Any,
+    max_new_tokens: Any,
+    audio: Any,
+) -> Iterator[dict]:
+    try:
+        _check_new_tokens(max_new_tokens)
+        if not isinstance(method, str):
+            raise RequestError('"method" must be the name of a method, such as "flora".')
+        if isinstance(prompt, str) and audio is None and not prompt.strip():
+            raise RequestError("The prompt is empty: give the beginning of a function.")
+        request = _request(engines, {"prompt": prompt, "audio": audio, "adapter": adapter}, max_new_tokens)
+        kind = "code" if request.audio is None else "speech"
+        if kind not in engines:
+            raise RequestError("No code model is loaded here: send clips only.")
+        with closing(OwnRequest(engines[kind], request, method, session).updates()) as updates:
+            for own in updates:
+                yield _so_far(own)
+    except FloraError as error:
+        raise gr.Error(sentence(error), print_exception=False) from error
+    except Exception as error:  # logged here in full; the visitor gets a sentence without the server's insides
+        logger.exception("the /generate endpoint broke off")
+        raise gr.Error(SERVER_ERROR, print_exception=False) from error
+
+
+def _so_far(own: OwnRequest) -> dict:
+    value = {"text": own.text, "num_new_tokens": own.num_new_tokens, "finish_reason": None}
+    if own.completion is None:
+        return value
+    mean, most = own.others or (None, None)
+    times = {"ttft_s": own.completion.ttft_s, "tpot_s": own.completion.tpot_s}
+    return value | {"finish_reason": own.completion.finish_reason} | times | {"others_mean": mean, "others_max": most}
 
 
 def _compare(engines: Mapping[str, Engine], device: Device, rows: Any, methods: Any, max_new_tokens: Any) -> dict:
@@ -97,8 +155,7 @@ def _requests(
         raise RequestError('"requests" must be a list with at least one {"prompt": …} or {"audio": …}.')
     if len(rows) > MAX_REQUESTS:
         raise RequestError(f"A batch may hold at most {MAX_REQUESTS} requests, not {len(rows)}.")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
-        raise RequestError(f'"max_new_tokens" must be a whole number from 1 to {MAX_NEW_TOKENS}.')
+    _check_new_tokens(max_new_tokens)
     requests: list[Request] = []
     failures: dict[str, str] = {}
     names: dict[int, str] = {}
@@ -114,6 +171,11 @@ def _requests(
         requests.append(request)
         positions.append(position)
     return requests, failures, names, positions
+
+
+def _check_new_tokens(max_new_tokens: Any) -> None:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+        raise RequestError(f'"max_new_tokens" must be a whole number from 1 to {MAX_NEW_TOKENS}.')
 
 
 def _request(engines: Mapping[str, Engine], row: Any, max_new_tokens: int) -> Request:

@@ -10,22 +10,27 @@ import shlex
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import gradio as gr
 import torch
 
-from flora.engine import Engine
+from flora.corpus.code import example_prompts
+from flora.engine import Engine, Request
 from flora.errors import FloraError, RequestError
 from flora.names import public_name
 from flora.ops import FAMILY, METHODS
 from profiling import workload
 from profiling.dashboard import live_load_views as views
-from profiling.dashboard.device import SERVER_ERROR
+from profiling.dashboard.batch import NO_ADAPTER, adapter_choices
+from profiling.dashboard.compare import check_prompt_length
+from profiling.dashboard.device import SERVER_ERROR, StopSignals
 from profiling.dashboard.live_cells import LiveCells, cells_value
 from profiling.dashboard.live_plot import LivePlot
+from profiling.dashboard.own_request import MAX_AT_ONCE, OwnRequest
 from profiling.dashboard.results import REPRODUCE_TEMPLATE, sentence
 from profiling.figures import METHOD_STYLES
 from profiling.load import Driver
@@ -175,13 +180,14 @@ class LiveLoad:
 
 
 class LiveLoads:
-    """Every visitor's load, by session: at most one each, and `MAX_LOADS` at once."""
+    """Every visitor's load, by session: at most one each, and `MAX_LOADS` at once; and the requests of their own."""
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self.engines = engines
         self._lock = threading.Lock()
         self._loads: dict[str, LiveLoad] = {}
         self._sources: dict[str, Source] = {}
+        self.own_stops = StopSignals()  # of the requests of visitors' own
         self._closed = False
 
     @property
@@ -238,6 +244,7 @@ class LiveLoads:
     def forget(self, session: str) -> None:
         """The browser has gone: stop its load and keep nothing."""
         self.stop(session)
+        self.own_stops.forget(session)
         with self._lock:
             self._loads.pop(session, None)
 
@@ -246,6 +253,24 @@ class LiveLoads:
         self._closed = True
         for session in list(self._loads):
             self.stop(session)
+
+    def answer(self, session: str, prompt: Any, tag: str | None, method: str, new_tokens: Any) -> Iterator[dict[str, Any]]:
+        """One request of the visitor's own to the code model, beside everybody's: values of its place on the page as it comes.
+
+        Raises a FloraError that says what cannot be served, or by what it failed. Its Stop is the session's of `own_stops`.
+        """
+        stopped = self.own_stops.flag(session)
+        if self._closed:
+            raise RequestError("the server is going down: try again later")
+        Wish(method=method, new_tokens=new_tokens)  # what the load's controls may not say, this may not either
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise RequestError("the prompt is empty: type the beginning of a function")
+        check_prompt_length(prompt)
+        request = Request(prompt=prompt, adapter=tag or None, max_new_tokens=int(new_tokens))
+        own = OwnRequest(self.engines["code"], request, method, session)
+        with closing(own.updates(lambda: stopped.is_set() or self._closed)) as updates:
+            for _ in updates:
+                yield views.own_answer(own, prompt, request.adapter, method)
 
     def adapters(self, wish: Wish) -> dict[str, tuple[str, ...]]:
         """By kind the tags that are asked for, equally many of each. Raises RequestError where the method serves none."""
@@ -307,43 +332,46 @@ def build_live_load_tab(loads: LiveLoads, device_line: str) -> None:
     facts = f"{device_line} · at most {batch} requests a batch · live, not recorded"
 
     with gr.Row(equal_height=False, elem_classes="bench load"):
-        with gr.Column(scale=4, min_width=300, elem_classes="instrument load-panel"):
-            gr.HTML('<h2 class="panel-title">load</h2>', apply_default_css=False)
-            with gr.Row(elem_classes="controls load-menus"):
-                method = gr.Dropdown(
-                    [(METHOD_STYLES[name].label, name) for name in METHODS],
-                    value=first.method,
-                    label="method",
-                    min_width=90,
-                    elem_id="load-method",
-                    interactive=True,
+        with gr.Column(scale=4, min_width=300, elem_classes="load-side"):
+            with gr.Column(scale=4, min_width=300, elem_classes="instrument load-panel"):
+                gr.HTML('<h2 class="panel-title">load</h2>', apply_default_css=False)
+                with gr.Row(elem_classes="controls load-menus"):
+                    method = gr.Dropdown(
+                        [(METHOD_STYLES[name].label, name) for name in METHODS],
+                        value=first.method,
+                        label="method",
+                        min_width=90,
+                        elem_id="load-method",
+                        interactive=True,
+                    )
+                    popularity = gr.Dropdown(
+                        list(POPULARITIES),
+                        value=first.popularity,
+                        label="popularity of adapters",
+                        min_width=90,
+                        elem_id="load-popularity",
+                        interactive=True,
+                    )
+                rate = _slider(MIN_RATE, MAX_RATE, first.rate, "rate, requests a second", "load-rate", step=0.5)
+                num_adapters = _slider(1, max(2, most_adapters), first.num_adapters, "adapters, of each model", "load-adapters")
+                new_tokens = _slider(1, MAX_NEW_TOKENS, first.new_tokens, "new tokens", "load-new-tokens")
+                prompt_tokens = _slider(
+                    0, MAX_PROMPT_TOKENS, first.prompt_tokens, "prompt tokens (0: as the prompts are)", "load-prompt-tokens"
                 )
-                popularity = gr.Dropdown(
-                    list(POPULARITIES),
-                    value=first.popularity,
-                    label="popularity of adapters",
-                    min_width=90,
-                    elem_id="load-popularity",
-                    interactive=True,
-                )
-            rate = _slider(MIN_RATE, MAX_RATE, first.rate, "rate, requests a second", "load-rate", step=0.5)
-            num_adapters = _slider(1, max(2, most_adapters), first.num_adapters, "adapters, of each model", "load-adapters")
-            new_tokens = _slider(1, MAX_NEW_TOKENS, first.new_tokens, "new tokens", "load-new-tokens")
-            prompt_tokens = _slider(
-                0, MAX_PROMPT_TOKENS, first.prompt_tokens, "prompt tokens (0: as the prompts are)", "load-prompt-tokens"
-            )
-            speech = _slider(0, 100, first.speech_percent, "speech among the requests, %", "load-speech", visible=both)
-            note = LiveCells(views.NOTE_TEMPLATE, views.note(loads.adapters(first)), elem_id="load-note")
-            with gr.Row(elem_classes="controls load-limits"):
-                ttft_limit = gr.Number(
-                    first.ttft_limit_ms, label="goodput: TTFT, ms", precision=0, min_width=90, elem_id="load-ttft-limit"
-                )
-                tpot_limit = gr.Number(
-                    first.tpot_limit_ms, label="and TPOT, ms", precision=0, min_width=90, elem_id="load-tpot-limit"
-                )
-            with gr.Row(elem_classes="run-buttons"):
-                start = gr.Button("Start", variant="primary", scale=2, min_width=90, elem_id="load-start")
-                stop = gr.Button("Stop", variant="secondary", scale=1, min_width=70, interactive=False, elem_id="load-stop")
+                speech = _slider(0, 100, first.speech_percent, "speech among the requests, %", "load-speech", visible=both)
+                note = LiveCells(views.NOTE_TEMPLATE, views.note(loads.adapters(first)), elem_id="load-note")
+                with gr.Row(elem_classes="controls load-limits"):
+                    ttft_limit = gr.Number(
+                        first.ttft_limit_ms, label="goodput: TTFT, ms", precision=0, min_width=90, elem_id="load-ttft-limit"
+                    )
+                    tpot_limit = gr.Number(
+                        first.tpot_limit_ms, label="and TPOT, ms", precision=0, min_width=90, elem_id="load-tpot-limit"
+                    )
+                with gr.Row(elem_classes="run-buttons"):
+                    start = gr.Button("Start", variant="primary", scale=2, min_width=90, elem_id="load-start")
+                    stop = gr.Button("Stop", variant="secondary", scale=1, min_width=70, interactive=False, elem_id="load-stop")
+            if "code" in engines:
+                _build_own_request(loads, method, new_tokens)
         with gr.Column(scale=8, min_width=300, elem_classes="instrument"):
             status = LiveCells(views.STATUS_TEMPLATE, views.idle_status(), elem_id="load-status")
             readouts = LiveCells(views.READOUTS_TEMPLATE, views.idle_readouts(facts), elem_id="load-readouts")
@@ -433,6 +461,93 @@ def build_live_load_tab(loads: LiveLoads, device_line: str) -> None:
         trigger_mode="always_last",
         **_QUIET,
     )
+
+
+def _build_own_request(loads: LiveLoads, method: gr.Dropdown, new_tokens: gr.Slider) -> None:
+    """The panel that sends one request of the visitor's own, with the load's method and as many new tokens."""
+    adapters = loads.engines["code"].adapters
+    examples = {tag: texts[0] for tag, texts in example_prompts().items() if texts}
+    first = next((tag for tag, info in adapters.items() if FAMILY["flora"] in info.families), NO_ADAPTER)
+
+    def example(tag: str | None) -> str:
+        """What the tag's language begins a function with; the base model's own language for a tag that is none's."""
+        return examples.get(tag or "", examples["py"])
+
+    with gr.Column(min_width=280, elem_classes="instrument load-panel own-panel"):
+        gr.HTML('<h2 class="panel-title">a request of your own</h2>', apply_default_css=False)
+        prompt = gr.Textbox(
+            example(first),
+            label="prompt of your own request",
+            show_label=False,
+            container=False,
+            lines=3,
+            max_lines=3,
+            placeholder="the beginning of a function",
+            elem_id="own-prompt",
+            elem_classes="own-prompt",
+            interactive=True,
+        )
+        with gr.Row(elem_classes="controls run-buttons own-buttons"):
+            adapter = gr.Dropdown(
+                adapter_choices("code", list(adapters)),
+                value=first,
+                label="adapter of your own request",
+                show_label=False,
+                container=False,
+                min_width=90,
+                filterable=True,
+                elem_id="own-adapter",
+                interactive=True,
+            )
+            send = gr.Button("Send", variant="primary", min_width=60, elem_id="own-send")
+            stop = gr.Button("Stop", variant="secondary", min_width=60, interactive=False, elem_id="own-stop")
+        answer = LiveCells(views.OWN_TEMPLATE, views.idle_own(), elem_id="own-answer")
+    views_of_it = [answer, send, stop]
+
+    def ended(value: Any) -> list[Any]:
+        return [value, gr.Button(interactive=True), gr.Button(interactive=False)]
+
+    def arm(request: gr.Request):
+        """Answers the button at once, so that it is not pressed twice."""
+        loads.own_stops.arm(request.session_hash)
+        return views.own_words("waiting", "sending"), gr.Button(interactive=False), gr.Button(interactive=True)
+
+    def handler(request: gr.Request, words: str | None, tag: str | None, chosen: str | None, tokens: float | None):
+        value: Any = None
+        try:
+            with closing(loads.answer(request.session_hash, words, tag, chosen, tokens)) as values:
+                for value in values:
+                    yield [value, gr.skip(), gr.skip()]
+        except FloraError as error:
+            value = views.own_words("failed", sentence(error), keep_answer=value is not None)
+        except Exception:  # a fault of ours: in the server's log in full, on the page one sentence without the server's insides
+            logger.exception("a request of a visitor's own broke off")
+            value = views.own_words("failed", SERVER_ERROR, keep_answer=value is not None)
+        yield ended(value)
+
+    def could_not_begin() -> list[Any]:
+        """Gradio itself refused: too many wait, or what the browser sent makes no sense; a notice says which."""
+        return ended(views.own_words("failed", "The request could not be sent: try again in a moment, or reload the page."))
+
+    def stop_it(request: gr.Request):
+        loads.own_stops.raise_flag(request.session_hash)
+        return gr.Button(interactive=False)
+
+    def show_example(tag: str | None, words: str | None):
+        """The chosen language's example, where nothing of the visitor's own stands there."""
+        return example(tag) if not (words or "").strip() or words in examples.values() else gr.skip()
+
+    send.click(arm, None, views_of_it, **_QUIET).then(
+        handler,
+        [prompt, adapter, method, new_tokens],
+        views_of_it,
+        concurrency_id="own-request",
+        concurrency_limit=MAX_AT_ONCE,
+        show_progress="hidden",
+        api_visibility="private",
+    ).failure(could_not_begin, None, views_of_it, **_QUIET)
+    stop.click(stop_it, None, [stop], **_QUIET)
+    adapter.input(show_example, [adapter, prompt], [prompt], **_QUIET)
 
 
 def _slider(least: float, most: float, value: float, label: str, elem_id: str, step: float = 1, visible: bool = True) -> gr.Slider:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from profiling.dashboard.code_html import highlighted
 from profiling.dashboard.live_cells import cells_value
 from profiling.dashboard.live_plot import plot_value
+from profiling.dashboard.own_request import OwnRequest
 from profiling.dashboard.results import milliseconds, tokens_per_second
 from profiling.figures import METHOD_STYLES, axis_ceiling, chart_layout
 from profiling.load import LATENCY_WINDOW_S, Sample
@@ -208,6 +210,62 @@ def your_rates(samples: Sequence[Sample], place: int, seconds: float) -> tuple[f
         return 0.0, 0.0
     answered = now.outcomes.get("finished", 0) - then.outcomes.get("finished", 0)
     return (now.num_sent - then.num_sent) / took, answered / took
+
+
+# ------------------------------------------------------------------------------------------------ a request of one's own
+
+OWN_TEMPLATE = (
+    '<div class="own idle" data-cell="own"><div class="output absent" data-cell="answer" role="region" aria-label="answer" '
+    'tabindex="0"></div><p class="words" data-cell="words" role="status" aria-live="polite"></p></div>'
+)
+
+
+def idle_own() -> dict[str, Any]:
+    words = "With the method and as many new tokens as above. It joins the batch that everybody's requests share."
+    return cells_value({"answer": "", "words": words})
+
+
+def own_words(state: str, words: str, keep_answer: bool = True) -> dict[str, Any]:
+    """What stands below the answer, which stays as it is or goes. state: waiting | running | done | stopped | failed."""
+    return cells_value(
+        {"words": html.escape(words)}, {"own": f"own {state}"} | ({} if keep_answer else {"answer": "output absent"})
+    )
+
+
+def own_answer(own: OwnRequest, prompt: str, tag: str | None, method: str) -> dict[str, Any]:
+    """A request as it stands: its text so far; at the end its times, and who ran beside it."""
+    if own.completion is None:
+        begun = own.num_new_tokens > 0
+        words = "answering, one token a step" if begun else "waiting for its place in the batch"
+        return _own("running" if begun else "waiting", prompt, own.text, tag, words)
+    stopped = own.completion.finish_reason == "cancelled"
+    if own.num_new_tokens:
+        words = (
+            f"{own.num_new_tokens} token{'s' if own.num_new_tokens > 1 else ''}, the first after {duration(own.completion.ttft_s)}"
+        )
+        words += f", then {duration(own.completion.tpot_s)} a token" if own.num_new_tokens > 1 else ""
+        words = f"{'Stopped after ' if stopped else ''}{words}. {_company(own, method)}"
+    else:
+        words = (
+            "Stopped before the first token." if stopped else "The model had nothing to add: its first token was the stop token."
+        )
+    return _own("stopped" if stopped else "done", prompt, own.text, tag, words)
+
+
+def _company(own: OwnRequest, method: str) -> str:
+    """Who ran beside it, and how."""
+    mean, most = own.others or (0.0, 0)
+    if most == 0:
+        return "Nobody else's request ran meanwhile: the batch was this one alone."
+    others = f"{mean:.1f} other requests on average, {most} at most" if most > 1 else "one other request at most"
+    if method == "merged":
+        return f"Beside it ran {others}; with merged weights, one adapter's after another's."
+    return f"Beside it ran {others}; everybody's with {METHOD_STYLES[method].label} in the same forward."
+
+
+def _own(state: str, prompt: str, text: str, tag: str | None, words: str) -> dict[str, Any]:
+    answer = {"answer": highlighted(prompt, text, tag), "words": html.escape(words)}
+    return cells_value(answer, {"own": f"own {state}", "answer": "output"})
 
 
 # ------------------------------------------------------------------------------------------------------------ readouts

@@ -94,7 +94,7 @@ def test_a_forged_upload_is_refused(app_url, path):
 
 
 def test_private_events_are_not_listed(client):
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/compare", "/adapters"}
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/compare", "/generate", "/adapters"}
 
 
 def test_files_outside_are_not_served(app_url):

@@ -8,10 +8,14 @@ import time
 from html.parser import HTMLParser
 
 import pytest
+import soundfile
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 
-from flora.engine import Agreement
+from flora.engine import Agreement, Request
 from flora.errors import RequestError
 from profiling.dashboard import device as device_module
+from profiling.dashboard import own_request, page
 from profiling.dashboard.accuracy import _Menu
 from profiling.dashboard.code_html import highlighted, transcript
 from profiling.dashboard.device import Device, StopSignals
@@ -226,3 +230,81 @@ def test_a_choice_from_before_a_menu_changed_is_told_and_what_is_no_choice_is_no
     assert menu.preprocess("ar_1") == "ar_1" and menu.preprocess("cs_2") == "cs_2"
     assert [menu.preprocess(value) for value in (None, 7, ["cs_1"], {"a": 1})] == [None] * 4
     assert menu.get_block_name() == "dropdown"
+
+
+# ------------------------------------------------------------------------------------------------- requests of programs
+
+
+@pytest.fixture(scope="module")
+def client(engines, tmp_path_factory):
+    demo = page.build(engines, tmp_path_factory.mktemp("no results"))
+    demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **page.launch_options())
+    yield Client(demo.local_url, verbose=False)
+    demo.close(verbose=False)
+
+
+def test_programs_requests_run_together_and_are_answered_as_each_alone(client, engines):
+    tags = ["lua", "rb", None, "lua", "rb", None, "lua", "rb"]
+    wanted = [Request(prompt=f"local x{i} = ", adapter=tag, max_new_tokens=48) for i, tag in enumerate(tags)]
+    alone = [engines["code"].generate([request])[0] for request in wanted]
+    before = engines["code"].snapshot()
+    with engines["code"].exclusive():  # so that the first ones wait for the last
+        jobs = [client.submit(one.prompt, one.adapter, "flora", 48, api_name="/generate") for one in wanted]
+        until = time.monotonic() + 20
+        while engines["code"].snapshot().waiting < len(jobs):
+            assert time.monotonic() < until, "they never came"
+            time.sleep(0.01)
+    answers = [job.result(timeout=60) for job in jobs]
+    after = engines["code"].snapshot()
+    assert [answer["text"] for answer in answers] == [completion.text for completion in alone]
+    assert [answer["finish_reason"] for answer in answers] == [completion.finish_reason for completion in alone]
+    num_tokens = sum(answer["num_new_tokens"] for answer in answers)
+    assert num_tokens == sum(len(completion.token_ids) for completion in alone) == after.num_tokens - before.num_tokens
+    assert after.num_steps - before.num_steps < num_tokens / 3
+    assert max(answer["others_max"] for answer in answers) > 1
+    assert all(answer["ttft_s"] > 0 and answer["tpot_s"] >= 0 for answer in answers)
+
+
+def test_an_answer_streams_and_ends_with_its_times(client, monkeypatch):
+    monkeypatch.setattr(own_request, "UPDATE_S", 0.005)
+    job = client.submit("local x", None, "base", 100, api_name="/generate")
+    assert job.result(timeout=60)["finish_reason"] in ("stop", "length")
+    *before, last = job.outputs()
+    assert any(0 < value["num_new_tokens"] < last["num_new_tokens"] for value in before)
+    assert all(set(value) == {"text", "num_new_tokens", "finish_reason"} for value in before)
+    assert all(value["finish_reason"] is None and last["text"].startswith(value["text"].rstrip("\ufffd")) for value in before)
+    assert set(last) == {"text", "num_new_tokens", "finish_reason", "ttft_s", "tpot_s", "others_mean", "others_max"}
+
+
+def test_a_clip_is_answered_by_the_speech_model(client, engines, tone, tmp_path):
+    soundfile.write(tmp_path / "tone.wav", tone, 16_000, subtype="FLOAT")
+    answer = client.predict(audio=handle_file(str(tmp_path / "tone.wav")), adapter="cs", max_new_tokens=6, api_name="/generate")
+    alone = engines["speech"].generate([Request(audio=tone, sampling_rate=16_000, adapter="cs", max_new_tokens=6)])[0]
+    assert (answer["text"], answer["finish_reason"]) == (alone.text, alone.finish_reason)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({}, "either a prompt or audio"), ({"prompt": "  "}, "empty"), ({"prompt": 7}, "must be text"),
+        ({"prompt": "x" * 20_001}, "20,001"), ({"adapter": "nope"}, "nope"), ({"adapter": 7}, "adapter"),
+        ({"method": "magic"}, "magic"), ({"method": ["flora"]}, "method"), ({"method": None}, "method"),
+        ({"max_new_tokens": 0}, "256"), ({"max_new_tokens": "9"}, "whole number"), ({"max_new_tokens": 100_000}, "256"),
+        ({"prompt": None, "audio": {"path": "/etc/passwd"}}, "uploaded"), ({"prompt": None, "audio": 7}, "uploaded"),
+        ({"audio": 7}, "one of the two"),
+    ],
+)  # fmt: skip
+def test_what_a_program_may_not_send_is_named(client, arguments, word):
+    with pytest.raises(AppError, match=word) as refusal:
+        client.predict(api_name="/generate", **({"prompt": "x"} if arguments else {}) | arguments)
+    assert "/etc" not in str(refusal.value) and str(refusal.value).endswith(".")
+
+
+def test_a_fault_of_ours_is_logged_and_told_without_the_servers_insides(client, engines, monkeypatch, caplog):
+    def broken(*_, **__):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(engines["code"], "submit", broken)
+    with pytest.raises(AppError, match="went wrong on the server"):
+        client.predict("x", api_name="/generate")
+    assert "ZeroDivisionError" in caplog.text

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from fake_serving import ServingEngine, adapters
 
-from flora.errors import FloraError, RequestError
+from flora.errors import BusyError, FloraError, RequestError
 from profiling import __main__ as command_line
-from profiling.dashboard import live_load, live_load_views
+from profiling.dashboard import live_load, live_load_views, own_request
 from profiling.dashboard.live_load import LiveLoads, Wish
 from profiling.dashboard.live_load_views import CHARTS, Look, Mark, Moment
 from profiling.load import Sample
@@ -29,6 +29,11 @@ class Engine(ServingEngine):
     """What a visitor's requests are checked by, too."""
 
     max_batch_tokens = 2048
+    deadline_s = None  # of the last request
+
+    def submit(self, request, method="flora", *, deadline_s=None, **options):
+        self.deadline_s = deadline_s
+        return super().submit(request, method, **options)
 
     def validate(self, request, method="flora"):
         if request.max_new_tokens > 100:
@@ -214,6 +219,93 @@ def test_closing_stops_everybodys_and_begins_no_other(loads):
         loads.start("me", QUICK)
 
 
+# ------------------------------------------------------------------------------------------------- requests of one's own
+
+
+def own_value(loads, session="me", prompt="local x", tag="lua", method="flora", new_tokens=6):
+    """What the page shows in the end, and how often it was told."""
+    *before, last = loads.answer(session, prompt, tag, method, new_tokens)
+    return last, len(before)
+
+
+def test_a_request_of_ones_own_is_answered_in_everybodys_batch(engines, loads):
+    engines["code"].step_s = 0.01
+    load = loads.start("somebody", replace(QUICK, new_tokens=30, speech_percent=0.0))
+    wait_until(lambda: engines["code"].snapshot().running > 2)
+    value, _ = own_value(loads)
+    mine = next(one for one in engines["code"].submitted if one.session == "me")
+    assert (mine.method, mine.request.adapter, mine.request.max_new_tokens, mine.request.temperature) == ("flora", "lua", 6, 0.0)
+    assert value["classes"] == {"own": "own done", "answer": "output"} and value["cells"]["answer"].endswith("xxxxxx</pre>")
+    words = value["cells"]["words"]
+    assert re.match(r"6 tokens, the first after .*s, then .*s a token\. Beside it ran ", words), words
+    most = int(re.search(r"(\d) at most", words)[1])
+    assert 1 < most <= engines["code"].max_batch_size - 1 and words.endswith("everybody&#x27;s with fLoRA in the same forward.")
+    assert load.driver.running
+
+
+def test_a_request_of_ones_own_comes_as_it_is_written_and_alone_it_says_so(engines, loads, monkeypatch):
+    monkeypatch.setattr(own_request, "UPDATE_S", 0.02)
+    engines["code"].step_s = 0.03
+    *texts, last = [value["cells"]["answer"].count("x") for value in loads.answer("me", "f(", None, "flora", 5)]
+    assert texts == sorted(texts) and len(set(texts)) > 2 and last == 5
+    words = own_value(loads, method="merged")[0]["cells"]["words"]
+    assert "this one alone" in words
+
+
+@pytest.mark.parametrize(
+    ("wanted", "word"),
+    [
+        ({"prompt": ""}, "empty"), ({"prompt": " \n"}, "empty"), ({"prompt": None}, "empty"), ({"prompt": "x" * 20_001}, "20,001"),
+        ({"tag": "nope"}, "nope"), ({"tag": 7}, "adapter"), ({"method": "magic"}, "method"), ({"method": None}, "method"),
+        ({"new_tokens": 0}, "new tokens"), ({"new_tokens": None}, "new tokens"), ({"new_tokens": 1.5}, "whole number"),
+    ],
+)  # fmt: skip
+def test_a_request_of_ones_own_that_cannot_be_served_is_refused_by_name(engines, loads, wanted, word):
+    with pytest.raises(RequestError, match=word):
+        own_value(loads, **wanted)
+    assert engines["code"].snapshot().num_arrived == 0
+
+
+def test_a_request_of_ones_own_that_fails_or_finds_no_room_says_why(engines, loads):
+    engines["code"].fails = ("rb",)
+    with pytest.raises(FloraError, match="no numbers"):
+        own_value(loads, tag="rb")
+    engines["code"].max_waiting = 0
+    with pytest.raises(BusyError, match="full"):
+        own_value(loads)
+    loads.close()
+    with pytest.raises(RequestError, match="going down"):
+        own_value(loads)
+
+
+@pytest.mark.parametrize("end", ["stop", "forget", "close", "leave"])
+def test_a_request_of_ones_own_that_nobody_waits_for_is_cancelled(engines, loads, monkeypatch, end):
+    monkeypatch.setattr(own_request, "UPDATE_S", 0.02)
+    engines["code"].step_s = 0.02
+    values = loads.answer("me", "local x", "lua", "flora", 100)
+    next(value for value in values if value["classes"]["own"] == "own running")
+    assert engines["code"].snapshot().running == 1
+    if end == "leave":
+        values.close()
+    else:
+        {"stop": loads.own_stops.raise_flag, "forget": loads.forget, "close": lambda _: loads.close()}[end]("me")
+        *_, last = values
+        assert last["classes"]["own"] == "own stopped" and last["cells"]["words"].startswith("Stopped after ")
+    wait_until(lambda: engines["code"].snapshot().num_cancelled == 1)
+    assert engines["code"].snapshot().running == 0 and engines["code"].deadline_s == own_request.DEADLINE_S
+
+
+def test_a_request_of_ones_own_that_was_stopped_before_its_turn_has_no_token(engines, loads, monkeypatch):
+    monkeypatch.setattr(own_request, "UPDATE_S", 0.02)
+    engines["code"].hold(True)
+    values = loads.answer("me", "local x", "lua", "flora", 6)
+    assert "waiting" in next(values)["classes"]["own"]
+    loads.own_stops.raise_flag("me")
+    engines["code"].hold(False)
+    *_, last = values
+    assert last["cells"]["words"] == "Stopped before the first token."
+
+
 # ----------------------------------------------------------------------------------------------------------------- views
 
 
@@ -336,7 +428,11 @@ class Tags(HTMLParser):
 def test_a_hostile_name_is_text():
     failed = SimpleNamespace(outcome="failed", message=HOSTILE, ended_s=None)
     bad = moment([sample(1, batch={HOSTILE: 2}, outcomes={"failed": 1}, sent=1)], records=[failed])
-    for value in (live_load_views.status(bad), live_load_views.note({"code": [HOSTILE]}), live_load_views.notice(HOSTILE)):
+    own = SimpleNamespace(completion=None, text=HOSTILE, num_new_tokens=1, others=None)
+    shown = live_load_views.own_answer(own, HOSTILE, "lua", "flora")
+    assert Tags(shown["cells"]["answer"]).found == {"pre", "span"}
+    refused = live_load_views.own_words("failed", HOSTILE)
+    for value in (live_load_views.status(bad), live_load_views.note({"code": [HOSTILE]}), live_load_views.notice(HOSTILE), refused):
         assert Tags("".join(value["cells"].values())).found <= {"code"}
     trace = live_load_views.charts(bad, Look())["batch"]["data"][0]
     assert "<" not in trace["name"] and "<" not in trace["hovertemplate"].removesuffix("</extra>").replace("<extra>", "")
@@ -363,12 +459,13 @@ def test_an_ended_load_hands_out_the_whole_run():
     assert "table" not in live_load_views.charts(moment(steady(90)), Look())["ttft"]
 
 
-@pytest.mark.parametrize("template", ["STATUS_TEMPLATE", "READOUTS_TEMPLATE", "NOTE_TEMPLATE"])
+@pytest.mark.parametrize("template", ["STATUS_TEMPLATE", "READOUTS_TEMPLATE", "NOTE_TEMPLATE", "OWN_TEMPLATE"])
 def test_what_is_written_has_a_place(template):
     cells = set(re.findall(r'data-cell="([^"]+)"', getattr(live_load_views, template)))
     value = {
         "STATUS_TEMPLATE": live_load_views.status(moment(steady(3))),
         "READOUTS_TEMPLATE": live_load_views.readouts(moment(steady(3)), "cpu"),
         "NOTE_TEMPLATE": live_load_views.note({"code": ["lua"]}),
+        "OWN_TEMPLATE": live_load_views.own_words("failed", "no", keep_answer=False),
     }[template]
     assert {*value["cells"], *value["classes"], *value["attributes"]} <= cells
