@@ -24,8 +24,8 @@ ALL_FORMS = [(family, form) for family, forms in FORMS.items() for form in forms
 FORM_IDS = [form.__name__ for _, form in ALL_FORMS]
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1.2e-2}
-"""Largest |error| as a share of Σ |terms|, what the same product gives when nothing cancels: a few roundings of the dtype, √d of them
-where a product of one row with a weight that is stored by input sums d terms one after another."""
+"""Largest |error| as a share of Σ |terms|, what the same product gives when nothing cancels: a few roundings of the dtype, √d
+of them where a product of one row with a weight that is stored by input sums d terms one after another."""
 
 RANK = 8
 RANKS = [0, 1, 2, 3, 4, 5, 6, 7, 8]
