@@ -62,6 +62,9 @@ class ScriptedCache:
     def move(self, source: int, target: int, length: int) -> None:
         self.scripts[target] = self.scripts[source]
 
+    def step_shape(self, first_row: int, num_rows: int, width: int) -> tuple[int, int]:
+        return num_rows, width
+
 
 class ScriptedRunner:
     """Says, row by row, the tokens it was given, then the stop token for ever. A prompt is its row's number."""
@@ -79,7 +82,7 @@ class ScriptedRunner:
     def cost(self, encoded: EncodedRequest) -> int:
         return 1
 
-    def new_cache(self, max_rows: int) -> ScriptedCache:
+    def new_cache(self, max_rows: int, static_shapes: bool = False) -> ScriptedCache:
         return ScriptedCache()
 
     def _logits(self, rows: list[int], places: list[int]) -> torch.Tensor:
