@@ -22,6 +22,9 @@ transformers.utils.logging.disable_progress_bar()
 # A machine that is busy with something else makes examples slow, not wrong.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+# Tiny models gain nothing from a second thread, and a test's own computations would have their team beside that of the engines'
+# (`flora.engine.device.ComputeThread`): on two cores both are slower then. Processes that tests start have as many as anywhere.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

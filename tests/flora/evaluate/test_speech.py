@@ -10,7 +10,7 @@ from peft import IA3Config, get_peft_model
 from tiny_models import load_plain
 
 from flora import Engine, Request
-from flora.evaluate import speech
+from flora.evaluate import intervals, speech
 from flora.evaluate.checkpoints import Checkpoint, shipped_model
 from flora.evaluate.clips import Clip, example_clips
 from flora.evaluate.results import mean_rows
@@ -207,6 +207,12 @@ def test_the_embedded_adapters_hear_the_clips_that_ship():
 # -------------------------------------------------------------------------------------------------------------- targets
 
 
+@pytest.fixture
+def few_resamples(monkeypatch):
+    """Enough to tell sixths and thirds apart; `test_intervals` is about the intervals themselves."""
+    monkeypatch.setattr(intervals, "NUM_RESAMPLES", 1_000)
+
+
 def tally(errors, words=3):
     made = Tally()
     for metric in speech.METRICS:
@@ -245,6 +251,7 @@ def met(**changes):
     return [target.met for target in judged_targets(tallies_of(**changes))]
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_the_targets():
     """Means: base 2/3, IA3 1/3, LoRA and fLoRA 1/6; the wrong adapter 5/6."""
     held = judged_targets(tallies_of())
@@ -259,6 +266,7 @@ def test_the_targets():
     assert met(wrong=(0, 1))[4] is False and met(wrong=(0, 2))[4] is True
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_a_target_that_was_not_measured_is_neither_met_nor_missed():
     made = tallies_of()
     del made["hi", "ia3", "hi"], made["cs", "flora", "hi"]
@@ -270,6 +278,7 @@ def test_a_target_that_was_not_measured_is_neither_met_nor_missed():
     assert len(six) == 5 and six[0].met is None, "by default over the six languages"
 
 
+@pytest.mark.usefixtures("few_resamples")
 def test_every_method_that_has_all_languages_has_a_mean_of_each_metric():
     """Of paired clips: fLoRA errs where LoRA does, so their difference is known better than either."""
     made = tallies_of(flora=(0, 2))
