@@ -20,7 +20,7 @@ import torch
 
 from flora.corpus.code import example_prompts
 from flora.engine import Engine, Request
-from flora.errors import FloraError, RequestError
+from flora.errors import DeadlineError, FloraError, RequestError
 from flora.names import public_name
 from flora.ops import FAMILY, METHODS
 from profiling import workload
@@ -30,7 +30,7 @@ from profiling.dashboard.compare import check_prompt_length
 from profiling.dashboard.device import SERVER_ERROR, StopSignals
 from profiling.dashboard.live_cells import LiveCells, cells_value
 from profiling.dashboard.live_plot import LivePlot
-from profiling.dashboard.own_request import MAX_AT_ONCE, OwnRequest
+from profiling.dashboard.own_request import DEADLINE_S, MAX_AT_ONCE, OwnRequest
 from profiling.dashboard.results import REPRODUCE_TEMPLATE, sentence
 from profiling.figures import METHOD_STYLES
 from profiling.load import Driver
@@ -269,8 +269,15 @@ class LiveLoads:
         request = Request(prompt=prompt, adapter=tag or None, max_new_tokens=int(new_tokens))
         own = OwnRequest(self.engines["code"], request, method, session)
         with closing(own.updates(lambda: stopped.is_set() or self._closed)) as updates:
-            for _ in updates:
-                yield views.own_answer(own, prompt, request.adapter, method)
+            try:
+                for _ in updates:
+                    load = self.of(session)
+                    sends_load = load is not None and load.driver.running
+                    yield views.own_answer(own, prompt, request.adapter, method, sends_load)
+            except DeadlineError as error:
+                raise DeadlineError(
+                    f"it was not done within {DEADLINE_S:g} s, so many stand in line: lower the load's rate, or try again later"
+                ) from error
 
     def adapters(self, wish: Wish) -> dict[str, tuple[str, ...]]:
         """By kind the tags that are asked for, equally many of each. Raises RequestError where the method serves none."""

@@ -9,6 +9,7 @@ import pytest
 
 from browser.conftest import RUN_MS
 
+HOSTILE = '-- <img src=x onerror="alert(1)">'
 CHARTS = ("requests", "queue", "tokens", "ttft", "tpot", "batch")
 
 
@@ -169,3 +170,58 @@ def test_an_over_saturated_engine_is_said_in_words(open_page, screenshot):
     screenshot(page, "load-saturated")
     stop(page)
     page.wait_for_function("/^0 run/.test(document.querySelector('#load-readouts [data-cell=engine]').textContent.trim())")
+
+
+def own_words(page) -> str:
+    return page.locator("#own-answer .words").inner_text()
+
+
+def test_visitors_requests_of_their_own_run_together(open_page, screenshot):
+    loader, *visitors = open_page(), open_page(), open_page("dark", 400)
+    for page in (loader, *visitors):
+        open_tab(page)
+        put(page, "new-tokens", "48" if page is loader else "24")
+    put(loader, "rate", "12")
+    start(loader)
+    visitors[1].locator("#own-adapter input").click()
+    visitors[1].locator("li[role=option]:visible").filter(has_text=re.compile(r"^\W*lua")).first.click()
+    visitors[1].wait_for_function("document.querySelector('#own-prompt textarea').value.includes('local function')")
+    for page in visitors:
+        page.locator("#own-send").click()
+    for page in visitors:
+        page.locator("#own-answer .own.done").wait_for()
+        prompt = page.locator("#own-prompt textarea").input_value()
+        answer = page.locator("#own-answer pre.code").inner_text()
+        assert answer.startswith(prompt) and len(answer) > len(prompt)
+        assert page.locator("#own-answer pre.code span[class]").count() > 2, "code is highlighted"
+        assert re.match(r"\d+ tokens, the first after [\d.]+ m?s, then [\d.]+ m?s a token\. ", own_words(page))
+        assert int(re.search(r"(\d+) at most", own_words(page))[1]) > 1
+        assert page.locator("#own-send").is_enabled() and page.locator("#own-stop").is_disabled()
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    screenshot(visitors[1], "load-own-dark-400")
+    put(loader, "new-tokens", "128")
+    put(loader, "rate", "50")  # more than any machine answers: a request behind one's own load waits long enough for Stop
+    loader.wait_for_function("/run ([1-9]\\d+) wait/.test(document.querySelector('#load-readouts [data-cell=engine]').textContent)")
+    loader.locator("#own-send").click()
+    loader.locator("#own-answer .words", has_text="behind what your load has sent before").wait_for()
+    assert loader.locator("#own-send").is_disabled(), "one at a time"
+    loader.locator("#own-stop").click()
+    loader.locator("#own-answer .own.stopped").wait_for()
+    assert own_words(loader).startswith("Stopped ") and loader.locator("#own-send").is_enabled()
+    stop(loader)
+
+
+def test_a_request_of_ones_own_is_refused_in_place_and_never_run_by_the_page(open_page, screenshot):
+    page = open_page()
+    open_tab(page)
+    box = page.locator("#own-prompt textarea")
+    for text, word in (("", "The prompt is empty"), ("x" * 20_001, "20,001 characters"), ("x " * 2000, "tokens")):
+        box.fill(text)
+        page.locator("#own-send").click()
+        page.locator("#own-answer .own.failed .words", has_text=word).wait_for()
+        assert own_words(page).endswith(".") and not page.locator("#own-answer .output").is_visible()
+    screenshot(page, "load-own-refused")
+    box.fill(HOSTILE)
+    page.locator("#own-send").click()
+    page.locator("#own-answer .own.done").wait_for()
+    assert HOSTILE in page.locator("#own-answer pre.code").inner_text() and page.locator("#own-answer img").count() == 0
