@@ -267,13 +267,11 @@ class LiveLoads:
             raise RequestError("the prompt is empty: type the beginning of a function")
         check_prompt_length(prompt)
         request = Request(prompt=prompt, adapter=tag or None, max_new_tokens=int(new_tokens))
-        own = OwnRequest(self.engines["code"], request, method, session)
+        own = OwnRequest(self.engines["code"], request, method, (session, "own"))  # not behind all that the visitor's load has sent
         with closing(own.updates(lambda: stopped.is_set() or self._closed)) as updates:
             try:
                 for _ in updates:
-                    load = self.of(session)
-                    sends_load = load is not None and load.driver.running
-                    yield views.own_answer(own, prompt, request.adapter, method, sends_load)
+                    yield views.own_answer(own, prompt, request.adapter, method)
             except DeadlineError as error:
                 raise DeadlineError(
                     f"it was not done within {DEADLINE_S:g} s, so many stand in line: lower the load's rate, or try again later"

@@ -232,15 +232,11 @@ def own_words(state: str, words: str, keep_answer: bool = True) -> dict[str, Any
     )
 
 
-def own_answer(own: OwnRequest, prompt: str, tag: str | None, method: str, sends_load: bool = False) -> dict[str, Any]:
-    """A request as it stands: its text so far; at the end its times, and who ran beside it.
-
-    sends_load: the visitor does, too, whose requests are served in the order they came in.
-    """
+def own_answer(own: OwnRequest, prompt: str, tag: str | None, method: str) -> dict[str, Any]:
+    """A request as it stands: its text so far; at the end its times, and who ran beside it."""
     if own.completion is None:
         begun = own.num_new_tokens > 0
-        waiting = f"waiting for its place in the batch{', behind what your load has sent before' if sends_load else ''}"
-        words = "answering, one token a step" if begun else waiting
+        words = "answering, one token a step" if begun else "waiting for its place in the batch"
         return _own("running" if begun else "waiting", prompt, own.text, tag, words)
     stopped = own.completion.finish_reason == "cancelled"
     if own.num_new_tokens:
