@@ -29,10 +29,10 @@ def wait_until_decoding(page) -> None:
     page.wait_for_function("document.querySelector('#status .words').textContent.startsWith('decoding')", timeout=RUN_MS)
 
 
-def make_it_long(page) -> None:
+def make_it_long(page, tokens: int = 256) -> None:
     """A batch that takes a while, so that a slow browser on a busy machine still meets it under way."""
     choose(page, "#right-method", "loop-LoRA")
-    page.locator("#max-new-tokens input").fill("256")
+    page.locator("#max-new-tokens input").fill(str(tokens))
 
 
 def clear_batch(page) -> None:
@@ -113,8 +113,8 @@ def test_everything_has_a_name(open_page):
 # -------------------------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400)])
-def test_one_click_shows_everything(open_page, screenshot, tmp_path, theme, width):
+@pytest.mark.parametrize(("theme", "width", "other_width"), [("light", 1280, 400), ("dark", 400, 1280)])
+def test_one_click_shows_everything(open_page, screenshot, tmp_path, theme, width, other_width):
     page = open_page(theme, width)
     press_run(page)
     wait_until_decoding(page)
@@ -149,6 +149,11 @@ def test_one_click_shows_everything(open_page, screenshot, tmp_path, theme, widt
         page.set_viewport_size({"width": 1280, "height": 1060})
         page.wait_for_timeout(500)
         page.screenshot(path=picture)
+
+    page.set_viewport_size({"width": other_width, "height": 900})
+    page.wait_for_timeout(500)
+    assert not scrolls_sideways(page)
+    screenshot(page, f"done-{theme}-{other_width}")
 
     for name, button in (("jsonl", "#download-jsonl"), ("csv", "#download-csv"), ("html", "#download-report")):
         with page.expect_download() as download:
@@ -197,7 +202,7 @@ def test_the_chart_is_one_node_and_keeps_its_zoom(open_page):
 
 def test_nothing_jumps_while_tokens_stream(open_page):
     page = open_page()
-    make_it_long(page)
+    make_it_long(page, tokens=128)
     press_run(page)
     wait_until_decoding(page)
     page.evaluate(
@@ -336,6 +341,7 @@ def test_a_second_visitor_waits_in_line(open_page):
     make_it_long(first)
     press_run(first)
     wait_until_decoding(first)
+    second.locator("#max-new-tokens input").fill("3")
     press_run(second)
     second.locator("#status .words", has_text="1 run ahead").wait_for()
     first.locator("#stop").click()
