@@ -233,7 +233,7 @@ def test_a_request_of_ones_own_is_answered_in_everybodys_batch(engines, loads):
     load = loads.start("somebody", replace(QUICK, new_tokens=30, speech_percent=0.0))
     wait_until(lambda: engines["code"].snapshot().running > 2)
     value, _ = own_value(loads)
-    mine = next(one for one in engines["code"].submitted if one.session == "me")
+    mine = next(one for one in engines["code"].submitted if one.session == ("me", "own"))
     assert (mine.method, mine.request.adapter, mine.request.max_new_tokens, mine.request.temperature) == ("flora", "lua", 6, 0.0)
     assert value["classes"] == {"own": "own done", "answer": "output"} and value["cells"]["answer"].endswith("xxxxxx</pre>")
     words = value["cells"]["words"]
