@@ -200,10 +200,10 @@ def test_visitors_requests_of_their_own_run_together(open_page, screenshot):
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     screenshot(visitors[1], "load-own-dark-400")
     put(loader, "new-tokens", "128")
-    put(loader, "rate", "50")  # more than any machine answers: a request behind one's own load waits long enough for Stop
+    put(loader, "rate", "50")  # more than any machine answers: a request among so many takes long enough for Stop
     loader.wait_for_function("/run ([1-9]\\d+) wait/.test(document.querySelector('#load-readouts [data-cell=engine]').textContent)")
     loader.locator("#own-send").click()
-    loader.locator("#own-answer .words", has_text="behind what your load has sent before").wait_for()
+    loader.locator("#own-answer .own.waiting, #own-answer .own.running").wait_for()
     assert loader.locator("#own-send").is_disabled(), "one at a time"
     loader.locator("#own-stop").click()
     loader.locator("#own-answer .own.stopped").wait_for()
