@@ -6,6 +6,7 @@ on the bank for that forward: the method, and for this layer the factors and the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -19,15 +20,16 @@ from flora import ops
 from flora.errors import AdapterError
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerPlan:
-    """What one layer does in a forward: its factors and which of them serve which row."""
+    """What one layer does in a batch's forwards: its factors and which of them serve which row."""
 
     A: Tensor  # (slots, r, d_in)
     B: Tensor  # (slots, r, d_out)
     routing: ops.Routing
     merged_weight: Tensor | None = None  # (d_out, d_in), method `merged` only: the whole batch has one adapter
     bias: Tensor | None = None  # where an adapter changes the layer's own: (d_out,), or (n, 1, d_out) where rows differ
+    one_token: Callable[[Tensor], Tensor] | None = None  # what the layer does at a decode step, once it has worked that out
 
 
 class Serving(Protocol):
@@ -80,10 +82,15 @@ class AdaptedLinear(nn.Module):
         plan = None if serving is None else serving.plan(self.name)
         if plan is None:
             return self.base(x)
+        if plan.one_token is not None and x.shape[1] == 1:
+            return plan.one_token(x)
         bias = self.bias if plan.bias is None else plan.bias
-        if bias is None or bias.ndim == 1:
-            return self._serve(x, serving.method, plan, bias)
-        return self._serve(x, serving.method, plan, None) + bias
+        if bias is not None and bias.ndim > 1:
+            return self._serve(x, serving.method, plan, None) + bias
+        y = self._serve(x, serving.method, plan, bias)
+        if x.shape[1] == 1:
+            plan.one_token = self._for_one_token(serving.method, plan, bias)
+        return y
 
     def _serve(self, x: Tensor, method: str, plan: LayerPlan, bias: Tensor | None) -> Tensor:
         if plan.merged_weight is not None:
@@ -99,6 +106,12 @@ class AdaptedLinear(nn.Module):
                 _ = self.weight  # says what the method needs
             return around(partial(product_of, self.base), x, plan.A, plan.B, plan.routing, bias)
         return ops.function_of(method)(x, self.weight, plan.A, plan.B, plan.routing.slots, bias, plan.routing)
+
+    def _for_one_token(self, method: str, plan: LayerPlan, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        """What decode steps of this batch call instead of `_serve`, once that has checked them; None where nothing is gained."""
+        if plan.merged_weight is not None:
+            return partial(linear, weight=plan.merged_weight, bias=bias)
+        return None if self.is_black_box else ops.for_one_token(method, self.weight, plan.A, plan.B, plan.routing, bias)
 
     def merge(self, family: str, A: Tensor, B: Tensor) -> Tensor:
         """A new weight (d_out, d_in) with one adapter of `family` merged in: A (r, d_in), B (r, d_out)."""

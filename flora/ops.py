@@ -112,6 +112,11 @@ class Routing:
         """The same routing, for many steps of one layer whose factors do not change: what is gathered in the first step is kept."""
         return replace(self, _kept={})
 
+    @property
+    def keeps(self) -> bool:
+        """Whether what is gathered is kept, as `for_one_layer` says."""
+        return self._kept is not None
+
     def gather(self, side: str, factors: Tensor, rank: int, slots: Tensor) -> Tensor:
         """Each row's first `rank` components: factors (slots, r, d), the side "A" or "B", and slots (n,) → (n, rank, d)."""
         if self._kept is None:
@@ -235,25 +240,37 @@ def expand_around(
     if rank is not None:
         a = routing.gather("A", A, rank, routing.slots)  # (n, rank, d_in)
         b = routing.gather("B", B, rank, routing.slots)  # (n, rank, d_out)
-        if l == 1:  # decoding: where the one token stands, stand its copies
-            expanded = product((x * a).to(x.dtype))  # (n, rank, d_out)
-        else:
-            copies = (x.unsqueeze(1) * a.unsqueeze(2)).flatten(0, 1)  # (n · rank, l, d_in)
-            expanded, b = product(copies.to(x.dtype)).unflatten(0, (n, rank)), b.unsqueeze(2)
-        scaled = _scaled(expanded, b)
-        if rank > 1:
-            y = scaled.sum(1, keepdim=l == 1)
-        else:
-            y = scaled if l == 1 else scaled.squeeze(1)
+        if l == 1:
+            return _expand_one_token(product, a, b, bias, x)
+        copies = (x.unsqueeze(1) * a.unsqueeze(2)).flatten(0, 1)  # (n · rank, l, d_in)
+        expanded = product(copies.to(x.dtype)).unflatten(0, (n, rank))  # (n, rank, l, d_out)
+        scaled = _scaled(expanded, b.unsqueeze(2))
+        y = scaled.sum(1) if rank > 1 else scaled.squeeze(1)
     else:
         a = routing.gather_expanded("A", A).unsqueeze(1)  # (m, 1, d_in)
         b = routing.gather_expanded("B", B).unsqueeze(1)  # (m, 1, d_out)
         expanded = product((x[routing.expanded_row] * a).to(x.dtype))  # (m, l, d_out)
         scaled = _scaled(expanded, b)
         y = scaled.new_zeros(n, l, scaled.shape[-1]).index_add_(0, routing.expanded_row, scaled)
-    if bias is not None:
-        y = y + bias if torch.is_grad_enabled() else y.add_(bias)
-    return y.to(expanded.dtype)
+    return _add_bias(y, bias).to(expanded.dtype)
+
+
+def _expand_one_token(product: Callable[[Tensor], Tensor], a: Tensor, b: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """`expand_around` for rows of one token and one rank: a (n, rank, d_in), b (n, rank, d_out), x (n, 1, d_in) → (n, 1, d_out).
+
+    Where the one token stands, stand its copies: nothing is laid out anew.
+    """
+    expanded = product((x * a).to(x.dtype))  # (n, rank, d_out)
+    scaled = _scaled(expanded, b)
+    y = scaled.sum(1, keepdim=True) if b.shape[1] > 1 else scaled
+    return _add_bias(y, bias).to(expanded.dtype)
+
+
+def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """y + bias, where y stands if it may: y is ours."""
+    if bias is None:
+        return y
+    return y + bias if torch.is_grad_enabled() else y.add_(bias)
 
 
 def _scaled(expanded: Tensor, b: Tensor) -> Tensor:
@@ -356,9 +373,14 @@ def _add_bmm(x: Tensor, y: Tensor, A: Tensor, B: Tensor, routing: Routing) -> Te
         a = routing.gather("A", A, group.rank, group.slots)  # (n_group, rank, d_in)
         b = routing.gather("B", B, group.rank, group.slots)  # (n_group, rank, d_out)
         if group.rows is None:
-            return torch.baddbmm(y, torch.bmm(rows, a.transpose(1, 2)), b)
+            return _add_products(y, x, a, b)
         y.index_add_(0, group.rows, torch.bmm(torch.bmm(rows, a.transpose(1, 2)), b))  # y is ours: fresh from the product
     return y
+
+
+def _add_products(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """y (n, l, d_out) plus each row's two products: x (n, l, d_in), a (n, rank, d_in), b (n, rank, d_out)."""
+    return torch.baddbmm(y, torch.bmm(x, a.transpose(1, 2)), b)
 
 
 def loop_lora_around(
@@ -409,6 +431,28 @@ _AROUND: dict[str, Callable[..., Tensor]] = {
     "bmm-lora": bmm_lora_around,
     "loop-lora": loop_lora_around,
 }
+
+
+def for_one_token(
+    method: str, weight: Tensor, A: Tensor, B: Tensor, routing: Routing, bias: Tensor | None
+) -> Callable[[Tensor], Tensor] | None:
+    """`method` for rows of one token, x (n, 1, d_in) → (n, 1, d_out), with all that a layer's steps share worked out before them.
+
+    A step of a small model has some twenty layers of some 100 µs each: what is looked up anew in each of them adds up to a tenth of
+    it. None where `routing` keeps nothing (`Routing.for_one_layer`), ranks differ, or the method is none of those that gain.
+    """
+    rank = routing.uniform_rank
+    if not routing.keeps or not rank:
+        return None
+    if method == "flora":
+        method = routing.cheaper_form(1, weight.element_size(), weight.device.type)
+    if method not in ("flora-expand", "bmm-lora"):
+        return None
+    a = routing.gather("A", A, rank, routing.slots)  # (n, rank, d_in)
+    b = routing.gather("B", B, rank, routing.slots)  # (n, rank, d_out)
+    if method == "flora-expand":
+        return partial(_expand_one_token, partial(linear, weight=weight), a, b, bias)
+    return lambda x: _add_products(linear(x, weight, bias), x, a, b)
 
 
 def function_of(method: str) -> Callable[..., Tensor]:
