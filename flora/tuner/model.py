@@ -91,7 +91,7 @@ class FloraModel(BaseTuner):
             yield
             return
         self._check_row_names(adapter_names)
-        with_names = partial(_with_adapter_names, list(adapter_names), _copies_of_a_row(kwargs))
+        with_names = partial(_with_adapter_names, list(adapter_names), _copies_of_a_row(kwargs, self.model))
         with ExitStack() as hooks:
             for module in self.model.modules():
                 if isinstance(module, FloraLinear | AuxiliaryTrainingWrapper):
@@ -125,13 +125,18 @@ def _is_read_by_its_parent(parent: nn.Module, name: str) -> bool:
     return hasattr(parent, "A_log") and hasattr(parent, "D") and name in ("x_proj", "dt_proj", "out_proj")
 
 
-def _copies_of_a_row(arguments: dict[str, Any]) -> set[int]:
-    """How often `generate` may repeat every row, by its arguments, its generation_config among them.
+def _copies_of_a_row(arguments: dict[str, Any], model: nn.Module) -> set[int]:
+    """How often `generate` may repeat every row, by its arguments, its generation_config among them, or else the model's.
 
     Before an encoder it repeats none, Whisper each for its sequences; before a decoder each for its beams, or for its sequences.
     """
-    config = arguments.get("generation_config")
-    beams, sequences = (arguments.get(name, getattr(config, name, None)) or 1 for name in ("num_beams", "num_return_sequences"))
+    configs = arguments.get("generation_config"), getattr(model, "generation_config", None)
+
+    def number(name: str) -> int:
+        given = (arguments.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in given if value is not None), 1)
+
+    beams, sequences = number("num_beams"), number("num_return_sequences")
     return {1, beams, sequences, beams * sequences}
 
 

@@ -363,6 +363,6 @@ def test_disabled_until_the_end_of_the_block(x):
 def test_blocks_of_any_name():
     """The blocks to adapt are counted in the list that layers_pattern names."""
     options = {"target_modules": ["up"], "layers_to_transform": [1, 3], "layers_pattern": "rungs"}
-    model = get_peft_model(base(Deep), FloraConfig(rank_pattern={"rungs.3.up": 2}, **options))
+    model = get_peft_model(nn.ModuleDict({"inner": base(Deep)}), FloraConfig(rank_pattern={"rungs.3.up": 2}, **options))
     found = {name: module.r for name, module in model.base_model.model.named_modules() if isinstance(module, FloraLinear)}
-    assert found == {"rungs.1.up": {"default": 4}, "rungs.3.up": {"default": 2}}
+    assert found == {"inner.rungs.1.up": {"default": 4}, "inner.rungs.3.up": {"default": 2}}
