@@ -28,7 +28,7 @@ test: $(VENV)/.installed-dev ## run all tests, in a real browser too where one i
 		echo "$$notice" >&2; $(VENV)/bin/python -m pytest -m "not browser" $(PYTEST_ARGS); status=$$?; echo "$$notice" >&2; exit $$status; \
 	fi
 
-test-peft: $(VENV)/.installed-dev ## test FloraConfig with every minor version of PEFT that requirements.txt allows (PEFT="0.18.0 0.20.0" chooses)
+test-peft: $(VENV)/.installed-dev ## test FloraConfig with each minor version of PEFT that requirements.txt allows (PEFT="0.18.0 0.20.0" chooses)
 	@PYTEST_ARGS="$(PYTEST_ARGS)" sh .ci/peft $(VENV) $(PEFT)
 
 lint: $(VENV)/.installed-dev ## check the code with ruff

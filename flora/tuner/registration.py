@@ -13,7 +13,7 @@ import peft
 
 NAME = "FLORA"
 TESTED = ">=0.18,<0.22"
-"""The versions of PEFT that this method is tested with, as in requirements.txt. With another it is tried, and says if it cannot join."""
+"""The versions of PEFT that this is tested with, as in requirements.txt. With another it is tried, and says if it cannot join."""
 
 
 def register(config_class: type, model_class: type) -> None:
