@@ -310,25 +310,34 @@ def test_disabling(name, folders):
 # ------------------------------------------------------------------------------------------------------ several adapters
 
 
-@pytest.fixture
-def three(folders, tmp_path) -> tuple[PeftModel, dict[str, torch.Tensor]]:
-    """A code model with adapters of other ranks on other layers, and what each answers alone; "first" is active."""
-    options = {
-        "first": {"r": 3},
-        "second": {"r": 1, "combine": "mean", "target_modules": ["c_attn", "c_fc"]},
-        "third": {"r": 5, "combine": "mean", "target_modules": ["c_proj"]},
-    }
+THREE = {
+    "first": {"r": 3},
+    "second": {"r": 1, "combine": "mean", "target_modules": ["c_attn", "c_fc"]},
+    "third": {"r": 5, "combine": "mean", "target_modules": ["c_proj"]},
+}
+"""Adapters of other ranks on other layers of the code model."""
+
+
+@pytest.fixture(scope="module")
+def saved(folders, tmp_path_factory) -> tuple[Path, dict[str | None, torch.Tensor]]:
+    """Each of them in its folder, and what each, or none, answers alone."""
+    root = tmp_path_factory.mktemp("three")
     alone = {None: logits(tiny_models.load_plain(folders["code"]), "code")}
-    model = None
-    for seed, (name, chosen) in enumerate(options.items()):
-        one = adapted(folders["code"], "code", seed=seed, **chosen)
-        one.save_pretrained(tmp_path / name)
+    for seed, (name, options) in enumerate(THREE.items()):
+        one = adapted(folders["code"], "code", seed=seed, **options)
+        one.save_pretrained(root / name)
         alone[name] = logits(one, "code")
-        if model is None:
-            plain = tiny_models.load_plain(folders["code"])
-            model = PeftModel.from_pretrained(plain, tmp_path / name, adapter_name=name, is_trainable=True)
-        else:
-            model.load_adapter(tmp_path / name, name)
+    return root, alone
+
+
+@pytest.fixture
+def three(folders, saved) -> tuple[PeftModel, dict[str | None, torch.Tensor]]:
+    """A code model with the three adapters, and what each answers alone; "first" is active."""
+    root, alone = saved
+    plain = tiny_models.load_plain(folders["code"])
+    model = PeftModel.from_pretrained(plain, root / "first", adapter_name="first", is_trainable=True)
+    for name in ("second", "third"):
+        model.load_adapter(root / name, name)
     return model.eval(), alone
 
 

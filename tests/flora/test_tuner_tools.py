@@ -21,9 +21,11 @@ from transformers import (
     GPT2ForSequenceClassification,
     GPTBigCodeConfig,
     GPTBigCodeForCausalLM,
+    MambaConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from flora import AdapterError, FloraConfig
 from flora.tuner import FloraModel
@@ -51,13 +53,8 @@ def model() -> PeftModel:
 # ------------------------------------------------------------------------------------------------------ layers, weights
 
 
-class Mixer(nn.Module):
-    """What a state-space mixer has that a kernel of its own takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.A_log, self.D = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
-        self.in_proj, self.out_proj = nn.Linear(3, 3), nn.Linear(3, 3)
+def mixer() -> nn.Module:
+    return MambaMixer(MambaConfig(hidden_size=8, state_size=2, num_hidden_layers=1), layer_idx=0)
 
 
 @pytest.mark.parametrize(
@@ -66,16 +63,25 @@ class Mixer(nn.Module):
         (nn.MultiheadAttention(8, 2), ["out_proj"], "layer 0.out_proj cannot be adapted: MultiheadAttention multiplies"),
         (nn.MultiheadAttention(8, 2), ["0"], "layer 0 is MultiheadAttention, and fLoRA adapts linear layers"),
         (nn.TransformerEncoderLayer(8, 2, 16), "all-linear", "cannot be adapted: .* or name it in exclude_modules"),
-        (Mixer(), ["in_proj", "out_proj"], "layer 0.out_proj cannot be adapted: Mixer multiplies"),
+        (mixer(), ["in_proj", "out_proj"], "layer 0.out_proj cannot be adapted: MambaMixer multiplies"),
+        (mixer(), ["x_proj"], "layer 0.x_proj cannot be adapted: MambaMixer multiplies"),
         (nn.Conv1d(1, 1, 2), ["0"], "layer 0 is Conv1d, and fLoRA adapts linear layers"),
         (nn.GRU(3, 3), ["0"], "layer 0 is GRU, and fLoRA adapts linear layers"),
         (nn.Bilinear(3, 3, 3), ["0"], "layer 0 is Bilinear, and fLoRA adapts linear layers"),
     ],
-    ids=["attention's output", "attention", "encoder", "mixer", "convolution", "recurrent", "bilinear"],
+    ids=["attention's output", "attention", "encoder", "mixer's output", "mixer", "convolution", "recurrent", "bilinear"],
 )
 def test_layers_that_an_adapter_would_not_reach_are_named(module, targets, message):
     with pytest.raises(AdapterError, match=message):
         get_peft_model(nn.Sequential(module), FloraConfig(target_modules=targets))
+
+
+def test_layers_beside_those_are_adapted():
+    model = get_peft_model(nn.Sequential(mixer()), FloraConfig(target_modules="all-linear", exclude_modules=r".*(x|dt|out)_proj"))
+    assert model.targeted_module_names == ["0.in_proj"]
+    encoder = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(8, 2, 16), "head": nn.Linear(8, 3)})
+    model = get_peft_model(encoder, FloraConfig(target_modules="all-linear", exclude_modules=r"encoder\..*"))
+    assert model.targeted_module_names == ["head"]
 
 
 def test_an_output_head_that_is_tied_to_the_embedding(tmp_path):
