@@ -1,7 +1,7 @@
 """PEFT's own tests of custom models, with FloraConfig in the place of PEFT's methods; `make test-peft` runs this with the newest.
 
-They come with PEFT's source distribution, whose folder of tests must be importable as `peft_tests`. What PEFT asks of each method is
-asked; what it asks of one other method is left out, and so are the few tests listed first, where fLoRA differs.
+They come with PEFT's source distribution, whose folder of tests must be importable as `peft_tests`. What PEFT asks of each method
+is asked; what it asks of one other method is left out, and so are the few tests listed first, where fLoRA differs.
 """
 
 from __future__ import annotations
