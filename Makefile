@@ -2,17 +2,18 @@
 SHELL := /bin/sh
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint assets clean
+.PHONY: help demo test test-peft lint assets clean
 
 HOST ?= 127.0.0.1
 PORT ?= 7860
 PYTEST_ARGS ?=
+PEFT ?=
 VENV := .venv
 export PYTHON
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## serve the demo on 127.0.0.1:7860 (HOST= and PORT= change that)
 	@exec $(VENV)/bin/python app.py --host "$(HOST)" --port "$(PORT)"
@@ -26,6 +27,9 @@ test: $(VENV)/.installed-dev ## run all tests, in a real browser too where one i
 		notice="THE BROWSER TESTS ARE SKIPPED: no Chromium or Chrome was found or could be installed. Install one, and run this again."; \
 		echo "$$notice" >&2; $(VENV)/bin/python -m pytest -m "not browser" $(PYTEST_ARGS); status=$$?; echo "$$notice" >&2; exit $$status; \
 	fi
+
+test-peft: $(VENV)/.installed-dev ## test FloraConfig with each minor version of PEFT that requirements.txt allows (PEFT="0.18.0 0.20.0" chooses)
+	@PYTEST_ARGS="$(PYTEST_ARGS)" sh .ci/peft $(VENV) $(PEFT)
 
 lint: $(VENV)/.installed-dev ## check the code with ruff
 	@$(VENV)/bin/ruff check .

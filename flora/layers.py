@@ -156,8 +156,9 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 def product_of(layer: nn.Module, x: Tensor) -> Tensor:
     """x @ weight.T through the layer itself, without its bias: the way around a black box."""
+    bias = layer.bias  # before the call: accelerate may put an offloaded layer's away behind it
     y = layer(x)
-    return y if layer.bias is None else y - layer.bias.to(y.dtype)
+    return y if bias is None else y - bias.to(y.dtype)
 
 
 def inject(model: nn.Module, holder: ServingHolder, skip: tuple[nn.Module, ...] = ()) -> dict[str, AdaptedLinear]:

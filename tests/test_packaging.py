@@ -87,7 +87,7 @@ def test_requirements_are_ranges_that_the_promised_versions_satisfy():
         assert entry.specifier and all(part.operator not in ("==", "===") for part in entry.specifier), f"{entry} is no range"
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "Makefile", "Dockerfile", ".ci/run"])
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "Makefile", "Dockerfile", ".ci/run", ".ci/peft"])
 def test_no_file_names_a_package_index(name):
     assert not re.search(r"index-url|find-links|--index|download\.pytorch", (ROOT / name).read_text(encoding="utf-8"))
 
@@ -247,11 +247,11 @@ def test_the_licence_is_apache_2():
 
 def test_make_lists_its_targets():
     listing = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("demo", "test", "lint", "clean"):
+    for target in ("demo", "test", "test-peft", "lint", "clean"):
         assert re.search(rf"^make {target} ", listing, re.MULTILINE)
 
 
-@pytest.mark.parametrize("script", ["run", "venv", "apt", "tools"])
+@pytest.mark.parametrize("script", ["run", "venv", "apt", "tools", "peft"])
 def test_scripts_parse(script):
     shell = "bash" if script == "run" else "sh"
     subprocess.run([shell, "-n", str(ROOT / ".ci" / script)], check=True)

@@ -1,4 +1,4 @@
-"""fLoRA as a PEFT method: what works with PEFT's LoraConfig works with FloraConfig.
+"""fLoRA as a PEFT method: what PEFT does with any method works with FloraConfig, and what LoRA alone has is refused by name.
 
 model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), FloraConfig(r=4, target_modules=["c_attn"]))
 …                                  # train it as any PEFT model

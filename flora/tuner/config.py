@@ -56,14 +56,16 @@ class FloraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType(NAME)
         self.rank_pattern = self.rank_pattern or {}
+        if not isinstance(self.rank_pattern, dict):
+            raise AdapterError(f"rank_pattern {self.rank_pattern!r} is not possible: it must map layer names to ranks")
         for name, rank in {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}.items():
-            if not isinstance(rank, int) or rank < 1:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise AdapterError(f"rank {rank!r} is not possible: {name} must be a whole number, at least 1")
-        if self.init not in DEFAULT_STD:
+        if self.init not in tuple(DEFAULT_STD):
             raise AdapterError(f"init {self.init!r} is unknown: choose one of {', '.join(DEFAULT_STD)}")
         if self.init_std is None:
             self.init_std = DEFAULT_STD[self.init]
-        if not math.isfinite(self.init_std) or self.init_std < 0:
+        if not isinstance(self.init_std, int | float) or not math.isfinite(self.init_std) or self.init_std < 0:
             raise AdapterError(f"init_std {self.init_std!r} is not possible: it must be a number, at least 0")
         if self.combine is None:
             self.combine = "sum" if self.init == "identity" else "mean"

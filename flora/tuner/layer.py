@@ -87,8 +87,17 @@ class FloraLinear(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x)
-        if adapter_names is not None:
-            return self._forward_mixed(x, adapter_names)
+        # What accelerate offloads is brought up by hooks around a module's own call, and the factors and weights are not called.
+        hooks = [(module, module._hf_hook) for module in self.children() if getattr(module, "_hf_hook", None) is not None]
+        for module, hook in hooks:
+            hook.pre_forward(module)
+        try:
+            return self._forward_active(x) if adapter_names is None else self._forward_mixed(x, adapter_names)
+        finally:
+            for module, hook in hooks:
+                hook.post_forward(module, None)
+
+    def _forward_active(self, x: Tensor) -> Tensor:
         active = [name for name in self.active_adapters if name in self.flora_A]
         if self.merged or not active:
             return self.base_layer(x)

@@ -6,7 +6,6 @@ A bitsandbytes layer's weight is read back exactly; what is stored is quantised 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import Tensor, nn
@@ -19,25 +18,23 @@ from flora.layers import weight_of
 class Stored:
     """A layer's weight as the layer keeps it."""
 
-    data: Any  # a plain layer's tensor; a quantised layer's parameter with its statistics
+    weight: nn.Parameter  # a quantised layer's with its statistics
     scales: Tensor | None = None  # (d_out,), int8 only
 
 
 def stored_weight(layer: nn.Module) -> Stored:
     """What `restore_weight` takes to put the weight back to the last bit."""
-    kind = get_bnb_param_type(layer.weight)
-    if not kind:
-        return Stored(layer.weight.data)
-    return Stored(layer.weight, _int8_scales(layer) if kind == "8bit" else None)
+    return Stored(layer.weight, _int8_scales(layer) if get_bnb_param_type(layer.weight) == "8bit" else None)
 
 
 def restore_weight(layer: nn.Module, stored: Stored) -> None:
     """Put back what `stored_weight` gave, on the device the layer has now."""
-    device, kind = layer.weight.device, get_bnb_param_type(layer.weight)
+    device, dtype, kind = layer.weight.device, layer.weight.dtype, get_bnb_param_type(layer.weight)
     if not kind:
-        layer.weight.data = stored.data.to(device, layer.weight.dtype)
+        layer.weight = stored.weight
+        layer.weight.data = stored.weight.data.to(device, dtype)
         return
-    layer.weight = stored.data.to(device)
+    layer.weight = stored.weight.to(device)
     if kind == "8bit":
         layer.weight.CB, layer.weight.SCB = layer.weight.data, stored.scales.to(device)
         _forget_int8_state(layer)
@@ -54,10 +51,14 @@ def plain_weight(layer: nn.Module) -> Tensor:
 
 
 def store_weight(layer: nn.Module, weight: Tensor) -> None:
-    """Make weight (d_out, d_in) the layer's, in the layer's layout and dtype, or quantised as the layer is."""
+    """Make weight (d_out, d_in) the layer's, in the layer's layout and dtype, or quantised as the layer is.
+
+    As a new parameter: the old one may be tied to another module's, an output head's to the embedding.
+    """
     old, kind = layer.weight, get_bnb_param_type(layer.weight)
     if not kind:
-        layer.weight.data = (weight.T if isinstance(layer, Conv1D) else weight).to(old.dtype).contiguous()
+        data = (weight.T if isinstance(layer, Conv1D) else weight).to(old.dtype).contiguous()
+        layer.weight = nn.Parameter(data, old.requires_grad)
         return
     cpu = weight.to("cpu")  # bitsandbytes quantises what is moved from there
     if kind == "8bit":

@@ -12,6 +12,8 @@ from enum import EnumMeta
 import peft
 
 NAME = "FLORA"
+TESTED = ">=0.18,<0.22"
+"""The versions of PEFT that this is tested with, as in requirements.txt. With another it is tried, and says if it cannot join."""
 
 
 def register(config_class: type, model_class: type) -> None:
@@ -49,4 +51,4 @@ def add_member(enum: EnumMeta, name: str) -> None:
 
 
 def _not_this_peft(reason: str) -> ImportError:
-    return ImportError(f"fLoRA cannot join the methods of peft {peft.__version__} ({reason}): install peft 0.18 to 0.21")
+    return ImportError(f"fLoRA cannot join the methods of peft {peft.__version__} ({reason}): install peft{TESTED}")

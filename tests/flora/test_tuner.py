@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import enum
 import json
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 
 from flora import AdapterError, FloraConfig, ops
 from flora.tuner import FloraModel, initial_factors
-from flora.tuner.registration import add_member, register
+from flora.tuner.registration import TESTED, add_member, register
 
 RANK, WIDTH = 4, 24
 
@@ -162,6 +165,13 @@ def test_all_ones_stays_at_rank_one(trained):
 # -------------------------------------------------------------------------------------------------------- registration
 
 
+def test_the_range_of_versions_is_the_requirements():
+    """What a message tells people to install, what pip installs for them, and what runs here."""
+    lines = (Path(__file__).parents[2] / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    (required,) = [Requirement(line) for line in lines if line.startswith("peft")]
+    assert required.specifier == SpecifierSet(TESTED) and peft.__version__ in required.specifier
+
+
 def test_the_type_is_found_as_any_of_pefts():
     assert PeftType("FLORA") is PeftType["FLORA"] is PeftType.FLORA
     assert PeftType.FLORA in list(PeftType) and PeftType.FLORA == "FLORA" and PeftType.FLORA.value == "FLORA"
@@ -202,14 +212,14 @@ def test_registering_fills_pefts_tables(unregistered):
 def test_a_peft_without_the_tables_is_named(unregistered, monkeypatch):
     monkeypatch.delattr(peft.mapping, "PEFT_TYPE_TO_TUNER_MAPPING")
     with pytest.raises(
-        ImportError, match=rf"cannot join the methods of peft {peft.__version__} \(ImportError: .*install peft 0.18"
+        ImportError, match=rf"cannot join the methods of peft {peft.__version__} \(ImportError: .*install peft>=0.18"
     ):
         register(FloraConfig, FloraModel)
 
 
 def test_a_peft_that_does_not_fill_the_tables_is_named(unregistered, monkeypatch):
     monkeypatch.setattr(peft.utils, "register_peft_method", lambda **_: None)
-    with pytest.raises(ImportError, match=r"its tables of methods are not where they were\): install peft 0.18 to 0.21$"):
+    with pytest.raises(ImportError, match=r"its tables of methods are not where they were\): install peft>=0.18,<0.22$"):
         register(FloraConfig, FloraModel)
 
 

@@ -310,25 +310,34 @@ def test_disabling(name, folders):
 # ------------------------------------------------------------------------------------------------------ several adapters
 
 
-@pytest.fixture
-def three(folders, tmp_path) -> tuple[PeftModel, dict[str, torch.Tensor]]:
-    """A code model with adapters of other ranks on other layers, and what each answers alone; "first" is active."""
-    options = {
-        "first": {"r": 3},
-        "second": {"r": 1, "combine": "mean", "target_modules": ["c_attn", "c_fc"]},
-        "third": {"r": 5, "combine": "mean", "target_modules": ["c_proj"]},
-    }
+THREE = {
+    "first": {"r": 3},
+    "second": {"r": 1, "combine": "mean", "target_modules": ["c_attn", "c_fc"]},
+    "third": {"r": 5, "combine": "mean", "target_modules": ["c_proj"]},
+}
+"""Adapters of other ranks on other layers of the code model."""
+
+
+@pytest.fixture(scope="module")
+def saved(folders, tmp_path_factory) -> tuple[Path, dict[str | None, torch.Tensor]]:
+    """Each of them in its folder, and what each, or none, answers alone."""
+    root = tmp_path_factory.mktemp("three")
     alone = {None: logits(tiny_models.load_plain(folders["code"]), "code")}
-    model = None
-    for seed, (name, chosen) in enumerate(options.items()):
-        one = adapted(folders["code"], "code", seed=seed, **chosen)
-        one.save_pretrained(tmp_path / name)
+    for seed, (name, options) in enumerate(THREE.items()):
+        one = adapted(folders["code"], "code", seed=seed, **options)
+        one.save_pretrained(root / name)
         alone[name] = logits(one, "code")
-        if model is None:
-            plain = tiny_models.load_plain(folders["code"])
-            model = PeftModel.from_pretrained(plain, tmp_path / name, adapter_name=name, is_trainable=True)
-        else:
-            model.load_adapter(tmp_path / name, name)
+    return root, alone
+
+
+@pytest.fixture
+def three(folders, saved) -> tuple[PeftModel, dict[str | None, torch.Tensor]]:
+    """A code model with the three adapters, and what each answers alone; "first" is active."""
+    root, alone = saved
+    plain = tiny_models.load_plain(folders["code"])
+    model = PeftModel.from_pretrained(plain, root / "first", adapter_name="first", is_trainable=True)
+    for name in ("second", "third"):
+        model.load_adapter(root / name, name)
     return model.eval(), alone
 
 
@@ -433,8 +442,8 @@ def test_mixed_batches_of_every_architecture(name, folders):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"generation_config": {"num_beams": 2}}],
-    ids=["greedy", "beams", "several beams", "beams of a configuration"],
+    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"generation_config": {"num_beams": 2}}, {"own": 3}],
+    ids=["greedy", "beams", "several beams", "beams of a configuration", "the model's own beams"],
 )
 @pytest.mark.parametrize("name", ["code", "speech"])
 def test_generating_with_mixed_rows(name, options, folders):
@@ -448,6 +457,7 @@ def test_generating_with_mixed_rows(name, options, folders):
         config = copy.deepcopy(model.get_base_model().generation_config)
         config.update(**options["generation_config"])
         options["generation_config"] = config
+    model.get_base_model().generation_config.num_beams = options.pop("own", None)
     names = ["second", "__base__", "default"]
     generated = model.generate(**given, **options, adapter_names=names)
     copies = options.get("num_return_sequences", 1)
@@ -596,7 +606,7 @@ def test_autocast(folders):
 def test_a_quantised_model_from_start_to_server(quantize, wide, tmp_path):
     base_model = load_model(wide, "cpu", "float32", quantize).model
     base = logits(base_model, "code")
-    model = prepare_model_for_kbit_training(base_model, use_gradient_checkpointing=False)
+    model = prepare_model_for_kbit_training(base_model, use_gradient_checkpointing=quantize == "nf4")
     model = get_peft_model(model, FloraConfig(r=2, target_modules="all-linear")).train()
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
     optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=3e-2)
@@ -615,6 +625,8 @@ def test_a_quantised_model_from_start_to_server(quantize, wide, tmp_path):
     mixed = logits(again, "code", adapter_names=["default", "__base__", "default"])
     served = logits(again, "code")
     tolerance = 0.05  # what comes before the layer decides how int8 rounds, and evaluation before training how nf4 does
+    with again.disable_adapter():
+        assert_close(base + served - logits(again, "code"), expected, base, tolerance)
     assert_close(served, expected, base, tolerance)
     assert_close(mixed, torch.stack([expected[0], base[1], expected[2]]), base, tolerance)
     engine = Engine.from_pretrained(wide, {"tag": tmp_path}, device="cpu", quantize=quantize)
