@@ -20,12 +20,12 @@ demo: $(VENV)/.installed ## serve the demo on 127.0.0.1:7860 (HOST= and PORT= ch
 
 test: $(VENV)/.installed-dev ## run all tests, in a real browser too where one is found or can be installed (PYTEST_ARGS=)
 	@if browser=$$(sh .ci/tools $(VENV)); then \
-		CHROMIUM="$$browser" $(VENV)/bin/python -m pytest $(PYTEST_ARGS); \
+		CHROMIUM="$$browser" sh .ci/tests $(VENV) $(PYTEST_ARGS); \
 	elif [ -n "$$FLORA_REQUIRE_BROWSER" ]; then \
 		echo "error: the browser tests are mandatory here, and there is no Chromium or Chrome to run them in" >&2; exit 1; \
 	else \
 		notice="THE BROWSER TESTS ARE SKIPPED: no Chromium or Chrome was found or could be installed. Install one, and run this again."; \
-		echo "$$notice" >&2; $(VENV)/bin/python -m pytest -m "not browser" $(PYTEST_ARGS); status=$$?; echo "$$notice" >&2; exit $$status; \
+		echo "$$notice" >&2; CHROMIUM= sh .ci/tests $(VENV) $(PYTEST_ARGS); status=$$?; echo "$$notice" >&2; exit $$status; \
 	fi
 
 test-peft: $(VENV)/.installed-dev ## test FloraConfig with each minor version of PEFT that requirements.txt allows (PEFT="0.18.0 0.20.0" chooses)
