@@ -29,7 +29,7 @@ TIE = 1e-4
 STOPS = [0, *range(100, 116)]
 """So many stop tokens that answers of random weights do stop."""
 
-METHODS = ("flora", "flora", "bmm-lora", "bmm-lora", "merged", "base")
+METHODS = ("flora", "flora", "bmm-lora", "bmm-lora", "mixed", "merged", "base")
 NUM_TAGS = 8
 
 
@@ -276,7 +276,7 @@ def _answers(crowd: Crowd, adapters: Adapters) -> tuple[dict[tuple[Path | None, 
         if times.admitted_s is None:
             assert (completion.finish_reason, completion.token_ids) == ("cancelled", [])
             continue
-        family = "flora" if method == "merged" else ops.FAMILY[method]
+        family = "flora" if method in ("merged", "mixed") else ops.FAMILY[method]
         if request.adapter is None or family is None:
             candidates = (None,)
         else:

@@ -95,7 +95,7 @@ def token_ids(engine: Engine, requests: list[Request], method: str, **options) -
 @pytest.mark.parametrize("method", ops.METHODS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tokens_are_those_of_each_request_alone_with_merged_weights(name, method, tiny_engines, requests_of, alone):
-    family = "flora" if method == "merged" else ops.FAMILY[method]
+    family = "flora" if method in ("merged", "mixed") else ops.FAMILY[method]
     requests = requests_of(name)
     expected = [alone(name, request, family) for request in requests]
     assert token_ids(tiny_engines[name], requests, method) == expected

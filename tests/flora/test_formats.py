@@ -344,7 +344,7 @@ class TestBrokenFiles:
     @pytest.mark.parametrize("peft_type", ["OFT", "PREFIX_TUNING", "lora", 5, ["LORA"]])
     def test_an_unsupported_type(self, family, folders, peft_type):
         set_config(folders[family], peft_type=peft_type)
-        assert_refused(folders[family], r"PEFT type .* is not supported; supported are .*LORA.*FLORA")
+        assert_refused(folders[family], r"PEFT type .* cannot be served per row; LoRA, IA3, HiRA and fLoRA can")
 
     def test_no_weights(self, family, folders):
         (folders[family] / WEIGHTS_FILE).unlink()
@@ -425,9 +425,8 @@ def test_flora_that_does_not_say_how_components_combine(folders, combine):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"use_dora": True}, "uses DoRA"),
+        ({"use_dora": True}, "uses DoRA.*LoRA, IA3, HiRA and fLoRA can"),
         ({"use_qalora": True}, "uses QALoRA"),
-        ({"lora_bias": True}, "uses a LoRA bias"),
         ({"alora_invocation_tokens": [1, 2]}, "uses aLoRA"),
         ({"use_bdlora": {"nblocks": 2}}, "uses block-diagonal LoRA"),
         ({"kasa_config": {"beta": 1.0}}, "uses KaSA"),

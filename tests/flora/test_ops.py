@@ -449,7 +449,7 @@ def test_routing_covers_every_row_once(slots, ranks):
 
 
 def test_methods_and_functions_go_by_the_same_names():
-    assert ops.METHODS == ("flora", "flora-expand", "flora-modulate", "bmm-lora", "loop-lora", "merged", "base")
+    assert ops.METHODS == ("flora", "flora-expand", "flora-modulate", "bmm-lora", "loop-lora", "mixed", "merged", "base")
     for method, family in ops.FAMILY.items():
         if family is not None:
             assert ops.function_of(method) is getattr(ops, method.replace("-", "_"))
