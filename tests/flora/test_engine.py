@@ -241,7 +241,7 @@ def test_the_stop_token_ends_an_answer_and_is_left_out(checkpoints, tmp_path):
     request = Request("for i in range(", adapter="cc", max_new_tokens=20, ignore_eos=True)
     (free,) = token_ids(probe, [request], "flora")
     at = next(place for place in range(4, 20) if free[place] not in free[:place])  # a token that comes here for the first time
-    folder = tiny_models.copy_with_generation_options(checkpoints["code"].model, tmp_path / "stops", eos_token_id=[0, free[at]])
+    folder = tiny_models.copy_with_generation_options(checkpoints["code"].model, tmp_path / "code", eos_token_id=[0, free[at]])
     engine = Engine.from_pretrained(folder, checkpoints["code"].sources("cc"), device="cpu")
     go_on, stop = engine.generate([request, Request("for i in range(", adapter="cc", max_new_tokens=20)])
     assert (stop.token_ids, stop.finish_reason) == (free[:at], "stop")

@@ -6,9 +6,11 @@ import json
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import tiny_models
 import torch
@@ -17,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_bank import pinned_batch
 
 from flora import AdapterError, CheckpointError, Engine
-from flora.formats import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_flora, write_lora
+from flora.formats import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, require_base_model, write_flora, write_lora
 from flora.models import load_model
 
 # ------------------------------------------------------------------------------------------------------ PEFT's answers
@@ -229,6 +231,226 @@ def test_ia3_that_replaces_whole_modules(ia3_models, tmp_path):
     assert_refused(tmp_path / "my-ia3", r"replaces whole modules \(modules_to_save=\['ln_f'\]\)")
 
 
+# ------------------------------------------------------------------------------------------- LoRA with a bias, and HiRA
+
+
+def save_biased_lora(folder: Path, model_folder: Path, layers: tuple[str, ...], rank: int = 2, **options) -> Path:
+    with warnings.catch_warnings():  # PEFT takes a bias for a matrix that was cut
+        warnings.filterwarnings("ignore", message=".*invalid shape")
+        return tiny_models.save_peft_lora(folder, model_folder, layers, rank=rank, seed=3, lora_bias=True, **options)
+
+
+@pytest.fixture
+def biased_lora(checkpoints, tmp_path) -> Path:
+    return save_biased_lora(tmp_path / "my-lora", checkpoints["code"].model, ("c_fc",))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"c_fc": 7}}], ids=str)
+def test_a_lora_bias_is_scaled_as_b_is(options, checkpoints, tmp_path):
+    folder = save_biased_lora(tmp_path / "lora", checkpoints["code"].model, ("c_fc",), **options)
+    adapter, stored = read_adapter(folder), load_file(folder / WEIGHTS_FILE)
+    scale = {"use_rslora": 4 / 2**0.5, "alpha_pattern": 7 / 2}.get(next(iter(options), ""), 2.0)
+    for layer, bias in adapter.added_biases.items():
+        key = f"base_model.model.{layer}.lora_B"
+        assert torch.allclose(bias, scale * stored[f"{key}.bias"]) and bias.abs().max() > 0.1
+        assert torch.allclose(adapter.factors[layer][1], scale * stored[f"{key}.weight"].T)
+    assert adapter.added_biases.keys() == adapter.factors.keys()
+    assert adapter.num_parameters == sum(tensor.numel() for tensor in stored.values())
+
+
+@pytest.mark.parametrize("change", ["missing", "wide", "matrix", "alone", "unpromised"])
+def test_a_lora_bias_that_does_not_fit_is_refused(biased_lora, change):
+    key = f"base_model.model.{LAYER}.lora_B.bias"
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        bias = tensors.pop(key)
+        if change == "alone":
+            tensors["base_model.model.transformer.h.7.mlp.c_fc.lora_B.bias"] = bias.clone()
+        if change != "missing":
+            tensors[key] = {"wide": torch.cat([bias, bias]), "matrix": bias[None]}.get(change, bias)
+
+    change_tensors(biased_lora, spoil)
+    if change == "unpromised":
+        set_config(biased_lora, lora_bias=False)
+    message = {
+        "missing": rf"layer {LAYER} has no bias, and lora_bias promises one of shape \(80,\)",
+        "wide": rf"layer {LAYER} has a bias of shape \(160,\)",
+        "matrix": rf"layer {LAYER} has a bias of shape \(1, 80\)",
+        "alone": r"layer transformer\.h\.7\.mlp\.c_fc has a bias and no factors",
+        "unpromised": r"tensor .*lora_B\.bias is of no supported kind",
+    }[change]
+    assert_refused(biased_lora, message)
+
+
+def test_hira_is_flora_with_one_more_component_of_ones(hira_folder):
+    adapter, stored = read_adapter(hira_folder), load_file(hira_folder / WEIGHTS_FILE)
+    assert (adapter.family, adapter.peft_type, adapter.rank) == ("flora", "HIRA", 4)
+    for layer, (A, B) in adapter.factors.items():
+        key = f"base_model.model.{layer}.hira_"
+        modulation = 1 + stored[f"{key}B"] @ stored[f"{key}A"]  # (d_out, d_in)
+        assert torch.allclose(B.T @ A, modulation, atol=1e-6) and A.shape[0] == B.shape[0] == 4
+        assert A[0].eq(1).all() and B[0].eq(1).all()
+    assert not adapter.scaled_biases and not adapter.added_biases
+
+
+@pytest.fixture
+def hira_folder(checkpoints, tmp_path) -> Path:
+    if not hasattr(peft, "HiraConfig"):
+        pytest.skip("HiRA came with PEFT 0.20")
+    config = peft.HiraConfig(r=3, target_modules=["c_fc"], init_weights=False)
+    get_peft_model(tiny_models.load_plain(checkpoints["code"].model), config).save_pretrained(tmp_path / "my-hira")
+    return tmp_path / "my-hira"
+
+
+def test_broken_hira_is_refused(hira_folder, tmp_path):
+    key = f"base_model.model.{LAYER}.hira_"
+    for number, (change, message) in enumerate(
+        (
+            (lambda tensors: tensors.pop(f"{key}A"), f"layer {LAYER} lacks its A side"),
+            (lambda tensors: tensors.update({f"{key}A": torch.ones(2, 48)}), f"layer {LAYER} has rank 2 on its A side and 3 on"),
+            (lambda tensors: tensors.update({f"{key}B": torch.ones(3)}), f"layer {LAYER} has factors of 2 and 1 dimensions"),
+            (lambda tensors: tensors[f"{key}B"].fill_(float("inf")), "hira_B has NaN or infinite weights"),
+            (
+                lambda tensors: tensors.update({"base_model.model.wte.hira_embedding_A": torch.ones(3, 5)}),
+                "is of no supported kind",
+            ),
+        )
+    ):
+        folder = Path(shutil.copytree(hira_folder, tmp_path / f"broken-{number}"))
+        change_tensors(folder, change)
+        assert_refused(folder, message)
+    assert_refused(Path(f"{hira_folder}#1"), "my-hira holds one adapter: leave #1 out")
+
+
+# --------------------------------------------------------------------------------------------------- the authors' layout
+
+
+def save_authors(folder: Path, rank: int, count: int, **config) -> dict[str, torch.Tensor]:
+    """A checkpoint as trishullab/flora saves it, on two layers of the tiny GPTBigCode: layer → (r, adapters, d) of both sides."""
+    generator = torch.Generator().manual_seed(rank + count)
+    tensors, sides = {}, {}
+    for layer, widths in (("transformer.h.0.attn.c_attn", (48, 72)), (LAYER, (48, 80))):
+        for name, width in zip(("be_alpha", "be_gamma"), widths, strict=True):
+            side = 1 + 0.3 * torch.randn(rank, count, width, generator=generator)
+            sides[f"{layer}.{name}"] = side
+            tensors[f"base_model.model.{layer}.{name}.weight"] = (side[0] if rank == 1 else side).contiguous()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / WEIGHTS_FILE)
+    about = {"peft_type": "FLora", "r": rank, "num_heads": count, "bias": "none", "base_model_name_or_path": "bigcode/code"}
+    (folder / CONFIG_FILE).write_text(json.dumps(about | config))
+    return sides
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_authors_layout_is_the_mean_over_its_components(rank, count, checkpoints, tmp_path):
+    sides = save_authors(tmp_path / "theirs", rank, count)
+    engine, name = checkpoints["code"].engine(), "code"
+    base = logits(tiny_models.load_plain(checkpoints["code"].model), name)
+    for index in range(count):
+        source = tmp_path / "theirs" if count == 1 else f"{tmp_path / 'theirs'}#{index}"
+        info = engine.add_adapter(f"theirs-{index}", source)
+        assert (info.families, info.ranks, info.layers) == (("flora",), {"flora": rank}, {"flora": 2})
+        model = tiny_models.load_plain(checkpoints["code"].model)
+        with torch.no_grad():
+            for layer in ("transformer.h.0.attn.c_attn", LAYER):
+                alpha, gamma = (sides[f"{layer}.{side}"][:, index] for side in ("be_alpha", "be_gamma"))
+                model.get_submodule(layer).weight *= torch.einsum("ko,ki->oi", gamma, alpha) / rank
+        for method in ("flora", "mixed", "merged"):
+            assert_same_logits(served_logits(engine, name, f"theirs-{index}", method), logits(model, name), base)
+
+
+def test_the_authors_layout_is_read_strictly(tmp_path):
+    def refused(message: str, which: str = "", change: Callable | None = None, rank: int = 2, count: int = 3, **config) -> None:
+        shutil.rmtree(tmp_path / "theirs", ignore_errors=True)
+        save_authors(tmp_path / "theirs", rank, count, **config)
+        if change is not None:
+            change_tensors(tmp_path / "theirs", change)
+        assert_refused(Path(f"{tmp_path / 'theirs'}{which}"), message)
+
+    key = f"base_model.model.{LAYER}.be_gamma.weight"
+    refused(r"theirs holds 3 adapters: name one of .*theirs#0 to .*theirs#2")
+    refused("theirs holds 3 adapters, counted from 0, and no #3", "#3")
+    refused("theirs holds 1 adapters, counted from 0, and no #1", "#1", count=1)
+    refused("trains the base model's biases", "#0", bias="be_only")
+    refused("replaces whole modules", "#0", modules_to_save=["lm_head"])
+    refused(f"layer {LAYER} lacks its B side", "#0", lambda tensors: tensors.pop(key))
+    refused(f"layer {LAYER} has rank 2 on its A side and 3", "#0", lambda tensors: tensors.update({key: torch.ones(3, 3, 80)}))
+    refused(f"layer {LAYER} has 3 adapters on its A side and 2", "#0", lambda tensors: tensors.update({key: torch.ones(2, 2, 80)}))
+    refused("factors of 3 and 1 dimensions, not 2 or 3", "#0", lambda tensors: tensors.update({key: torch.ones(80)}))
+    refused("is of no supported kind", "#0", lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(3)}))
+
+
+def test_a_folder_whose_name_ends_as_an_index_is_that_folder(checkpoints, tmp_path):
+    folder = Path(shutil.copytree(checkpoints["code"].adapters["aa"]["flora"], tmp_path / "version#2"))
+    assert read_adapter(folder).rank == 1
+
+
+# --------------------------------------------------------------------------------------------------------- the base model
+
+
+@pytest.mark.parametrize(
+    "made_for",
+    [
+        "code",
+        "CODE",
+        "bigcode/code",
+        "./code/",
+        "/home/me/models/code",
+        r"C:\\models\\code",
+        "/cache/models--bigcode--code/snapshots/0a1b",
+    ]
+    + [None, "", ".", 7],
+)
+def test_an_adapter_of_this_model_is_taken_wherever_it_lay(made_for, checkpoints, folders):
+    set_config(folders["lora"], base_model_name_or_path=made_for)
+    assert checkpoints["code"].engine().add_adapter("new", folders["lora"]).families == ("lora",)
+
+
+@pytest.mark.parametrize("made_for", ["bigcode/starcoderbase-1b", "/home/me/secret/starcoderbase-1b", "starcoderbase-1b"])
+def test_an_adapter_of_another_model_is_named_even_if_it_fits(made_for, checkpoints, folders):
+    engine = checkpoints["code"].engine("aa")
+    set_config(folders["lora"], base_model_name_or_path=made_for)
+    before = engine.adapters
+    message = r"'new' was made for the base model 'starcoderbase-1b' and this engine serves 'code': .*check_base_model=False"
+    with pytest.raises(AdapterError, match=message) as caught:
+        engine.add_adapter("new", [folders["flora"], folders["lora"]])
+    assert "secret" not in str(caught.value) and engine.adapters == before
+    with pytest.raises(AdapterError, match=message):
+        Engine.from_pretrained(checkpoints["code"].model, {"new": folders["lora"]}, device="cpu")
+    assert (
+        "new"
+        in Engine.from_pretrained(
+            checkpoints["code"].model, {"new": folders["lora"]}, device="cpu", check_base_model=False
+        ).adapters
+    )
+    assert engine.add_adapter("new", folders["lora"], check_base_model=False).base_models == (made_for,)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "names"),
+    [
+        ("meta-llama/Llama-2-7b-hf", ("llama-2-7b",)),
+        ("llama-2-7b", ("meta-llama/Llama-2-7b-hf",)),
+        ("/models/Llama-2-7b-hf", ("llama-2-7b", "meta-llama/Llama-2-7b-hf")),
+        ("openai/whisper-large-v2", ("some-folder", "/models/whisper-large-v2")),
+    ],
+)
+def test_short_names_hub_ids_and_folders_are_one_model(made_for, names):
+    adapter = Adapter("flora", {}, made_for, "source")
+    require_base_model("tag", [adapter], names)
+    with pytest.raises(AdapterError, match="made for the base model"):
+        require_base_model("tag", [adapter], ("another",))
+
+
+def test_every_adapter_that_ships_is_of_the_model_that_ships():
+    assets = Path(__file__).resolve().parents[2] / "assets"
+    for kind in ("code", "speech"):
+        sources = {"/".join(path.parts[-2:]): path for path in sorted((assets / "adapters" / kind).glob("*/*"))}
+        engine = Engine.from_pretrained(assets / "models" / kind, sources, device="cpu")
+        assert len(engine.adapters) == len(sources) >= 18
+
+
 # ------------------------------------------------------------------------------------------------------ our own format
 
 
@@ -283,7 +505,7 @@ def assert_refused(folder: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         read_adapter(folder)
     said = str(caught.value)
-    assert folder.name in said and "\n" not in said
+    assert folder.name.partition("#")[0] in said and "\n" not in said
     assert str(folder) not in said and str(folder.parent) not in said, f"tells a path: {said}"
 
 
@@ -341,7 +563,9 @@ class TestBrokenFiles:
         set_config(folders[family], peft_type=None)
         assert_refused(folders[family], "has no peft_type")
 
-    @pytest.mark.parametrize("peft_type", ["OFT", "PREFIX_TUNING", "lora", 5, ["LORA"]])
+    @pytest.mark.parametrize(
+        "peft_type", ["OFT", "PREFIX_TUNING", "LOHA", "ADALORA", "VERA", "lora", "flora", 5, ["LORA"], "X" * 500, "a\nb"]
+    )
     def test_an_unsupported_type(self, family, folders, peft_type):
         set_config(folders[family], peft_type=peft_type)
         assert_refused(folders[family], r"PEFT type .* cannot be served per row; LoRA, IA3, HiRA and fLoRA can")
