@@ -264,7 +264,7 @@ def _add_targets(commands: argparse._SubParsersAction) -> None:
 def _add_serving(commands: argparse._SubParsersAction) -> None:
     serving = commands.add_parser(
         "serving",
-        help="the engine beside PEFT's mixed batch, merged weights and few adapters; its own time; goodput",
+        help="the engine beside PEFT's mixed batch and its HiRA, merged weights and few adapters; its own time; goodput",
         description="Measure the engine on the embedded code model beside what it has to beat, the contestants taking turns.",
     )
     parts = ["peft", "hira", "overhead", "merged", "adapters", "goodput"]

@@ -66,10 +66,11 @@ def read_adapter(source: str | Path) -> Adapter:
             f"adapter {name} replaces whole modules (modules_to_save={config['modules_to_save']!r}), which cannot be served per row"
         )
     meaning = kind(Checkpoint(name, config, read_tensors(folder, name), index))
+    base_model = config.get("base_model_name_or_path")
     return Adapter(
         family=meaning.family,
         factors=meaning.factors,
-        base_model=config.get("base_model_name_or_path"),
+        base_model=base_model if isinstance(base_model, str) else None,
         source=str(source),
         scaled_biases=frozenset(meaning.scaled_biases),
         peft_type=peft_type,

@@ -18,7 +18,7 @@ def require_base_model(tag: str, adapters: Sequence[Adapter], model_names: Itera
     """
     engine_names = {short_name(name).lower(): name for name in model_names}
     for adapter in adapters:
-        made_for = short_name(adapter.base_model) if isinstance(adapter.base_model, str) else ""
+        made_for = short_name(adapter.base_model or "")
         if made_for and made_for.lower() not in engine_names:
             served = short_name(next(iter(engine_names.values()), "another"))
             raise AdapterError(

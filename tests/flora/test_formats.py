@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_bank import pinned_batch
 
 from flora import AdapterError, CheckpointError, Engine
-from flora.formats import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, require_base_model, write_flora, write_lora
+from flora.formats import CONFIG_FILE, WEIGHTS_FILE, read_adapter, write_flora, write_lora
 from flora.models import load_model
 
 # ------------------------------------------------------------------------------------------------------ PEFT's answers
@@ -293,32 +293,17 @@ def test_hira_is_flora_with_one_more_component_of_ones(hira_folder):
     assert not adapter.scaled_biases and not adapter.added_biases
 
 
-@pytest.fixture
-def hira_folder(checkpoints, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def hira_folder(checkpoints, tmp_path_factory) -> Path:
     if not hasattr(peft, "HiraConfig"):
         pytest.skip("HiRA came with PEFT 0.20")
+    folder = tmp_path_factory.mktemp("hira") / "my-hira"
     config = peft.HiraConfig(r=3, target_modules=["c_fc"], init_weights=False)
-    get_peft_model(tiny_models.load_plain(checkpoints["code"].model), config).save_pretrained(tmp_path / "my-hira")
-    return tmp_path / "my-hira"
+    get_peft_model(tiny_models.load_plain(checkpoints["code"].model), config).save_pretrained(folder)
+    return folder
 
 
-def test_broken_hira_is_refused(hira_folder, tmp_path):
-    key = f"base_model.model.{LAYER}.hira_"
-    for number, (change, message) in enumerate(
-        (
-            (lambda tensors: tensors.pop(f"{key}A"), f"layer {LAYER} lacks its A side"),
-            (lambda tensors: tensors.update({f"{key}A": torch.ones(2, 48)}), f"layer {LAYER} has rank 2 on its A side and 3 on"),
-            (lambda tensors: tensors.update({f"{key}B": torch.ones(3)}), f"layer {LAYER} has factors of 2 and 1 dimensions"),
-            (lambda tensors: tensors[f"{key}B"].fill_(float("inf")), "hira_B has NaN or infinite weights"),
-            (
-                lambda tensors: tensors.update({"base_model.model.wte.hira_embedding_A": torch.ones(3, 5)}),
-                "is of no supported kind",
-            ),
-        )
-    ):
-        folder = Path(shutil.copytree(hira_folder, tmp_path / f"broken-{number}"))
-        change_tensors(folder, change)
-        assert_refused(folder, message)
+def test_only_the_authors_layout_holds_several(hira_folder):
     assert_refused(Path(f"{hira_folder}#1"), "my-hira holds one adapter: leave #1 out")
 
 
@@ -386,71 +371,6 @@ def test_a_folder_whose_name_ends_as_an_index_is_that_folder(checkpoints, tmp_pa
     assert read_adapter(folder).rank == 1
 
 
-# --------------------------------------------------------------------------------------------------------- the base model
-
-
-@pytest.mark.parametrize(
-    "made_for",
-    [
-        "code",
-        "CODE",
-        "bigcode/code",
-        "./code/",
-        "/home/me/models/code",
-        r"C:\\models\\code",
-        "/cache/models--bigcode--code/snapshots/0a1b",
-    ]
-    + [None, "", ".", 7],
-)
-def test_an_adapter_of_this_model_is_taken_wherever_it_lay(made_for, checkpoints, folders):
-    set_config(folders["lora"], base_model_name_or_path=made_for)
-    assert checkpoints["code"].engine().add_adapter("new", folders["lora"]).families == ("lora",)
-
-
-@pytest.mark.parametrize("made_for", ["bigcode/starcoderbase-1b", "/home/me/secret/starcoderbase-1b", "starcoderbase-1b"])
-def test_an_adapter_of_another_model_is_named_even_if_it_fits(made_for, checkpoints, folders):
-    engine = checkpoints["code"].engine("aa")
-    set_config(folders["lora"], base_model_name_or_path=made_for)
-    before = engine.adapters
-    message = r"'new' was made for the base model 'starcoderbase-1b' and this engine serves 'code': .*check_base_model=False"
-    with pytest.raises(AdapterError, match=message) as caught:
-        engine.add_adapter("new", [folders["flora"], folders["lora"]])
-    assert "secret" not in str(caught.value) and engine.adapters == before
-    with pytest.raises(AdapterError, match=message):
-        Engine.from_pretrained(checkpoints["code"].model, {"new": folders["lora"]}, device="cpu")
-    assert (
-        "new"
-        in Engine.from_pretrained(
-            checkpoints["code"].model, {"new": folders["lora"]}, device="cpu", check_base_model=False
-        ).adapters
-    )
-    assert engine.add_adapter("new", folders["lora"], check_base_model=False).base_models == (made_for,)
-
-
-@pytest.mark.parametrize(
-    ("made_for", "names"),
-    [
-        ("meta-llama/Llama-2-7b-hf", ("llama-2-7b",)),
-        ("llama-2-7b", ("meta-llama/Llama-2-7b-hf",)),
-        ("/models/Llama-2-7b-hf", ("llama-2-7b", "meta-llama/Llama-2-7b-hf")),
-        ("openai/whisper-large-v2", ("some-folder", "/models/whisper-large-v2")),
-    ],
-)
-def test_short_names_hub_ids_and_folders_are_one_model(made_for, names):
-    adapter = Adapter("flora", {}, made_for, "source")
-    require_base_model("tag", [adapter], names)
-    with pytest.raises(AdapterError, match="made for the base model"):
-        require_base_model("tag", [adapter], ("another",))
-
-
-def test_every_adapter_that_ships_is_of_the_model_that_ships():
-    assets = Path(__file__).resolve().parents[2] / "assets"
-    for kind in ("code", "speech"):
-        sources = {"/".join(path.parts[-2:]): path for path in sorted((assets / "adapters" / kind).glob("*/*"))}
-        engine = Engine.from_pretrained(assets / "models" / kind, sources, device="cpu")
-        assert len(engine.adapters) == len(sources) >= 18
-
-
 # ------------------------------------------------------------------------------------------------------ our own format
 
 
@@ -493,11 +413,49 @@ def test_flora_is_served_as_its_merged_weights(name, tag, checkpoints, tiny_engi
 # ------------------------------------------------------------------------------------------------------ broken folders
 
 
+LAYER = "transformer.h.1.mlp.c_fc"
+FACTORS = {
+    "lora": ("lora_A.weight", "lora_B.weight"),
+    "flora": ("flora_A", "flora_B"),
+    "hira": ("hira_A", "hira_B"),
+    "ia3": ("ia3_l", "ia3_l"),
+    "authors": ("be_alpha.weight", "be_gamma.weight"),
+}
+KEY = {
+    kind: {side: f"base_model.model.{LAYER}.{factor}" for side, factor in zip("AB", sides, strict=True)}
+    for kind, sides in FACTORS.items()
+}
+
+
 @pytest.fixture
-def folders(checkpoints, tmp_path) -> dict[str, Path]:
+def folder_of(checkpoints, tmp_path, request) -> Callable[[str], Path]:
+    """A copy, to be broken, of a good checkpoint of a kind."""
+
+    def copy(kind: str) -> Path:
+        folder = tmp_path / f"my-{kind}"
+        if kind == "ia3":
+            request.getfixturevalue("ia3_folder")
+        elif kind == "authors":
+            save_authors(folder, rank=2, count=1)
+        elif kind == "hira":
+            shutil.copytree(request.getfixturevalue("hira_folder"), folder)
+        else:
+            made = checkpoints["code"].adapters
+            shutil.copytree({"lora": made["aa"]["lora"], "flora": made["bb"]["flora"]}[kind], folder)
+        return folder
+
+    return copy
+
+
+@pytest.fixture
+def folder(kind, folder_of) -> Path:
+    return folder_of(kind)
+
+
+@pytest.fixture
+def folders(folder_of) -> dict[str, Path]:
     """Copies of a good LoRA (rank 8) and a good fLoRA (rank 3) checkpoint, to be broken."""
-    good = {"lora": checkpoints["code"].adapters["aa"]["lora"], "flora": checkpoints["code"].adapters["bb"]["flora"]}
-    return {family: Path(shutil.copytree(source, tmp_path / f"my-{family}")) for family, source in good.items()}
+    return {family: folder_of(family) for family in ("lora", "flora")}
 
 
 def assert_refused(folder: Path, message: str) -> None:
@@ -520,124 +478,120 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
     save_file(tensors, folder / WEIGHTS_FILE)
 
 
-LAYER = "transformer.h.1.mlp.c_fc"
-KEY = {
-    "lora": {side: f"base_model.model.{LAYER}.lora_{side}.weight" for side in "AB"},
-    "flora": {side: f"base_model.model.{LAYER}.flora_{side}" for side in "AB"},
-}
+@pytest.mark.parametrize("kind", FACTORS)
+def test_the_copies_are_good(kind, folder_of):
+    adapter = read_adapter(folder_of(kind))
+    assert adapter.family == ("lora" if kind == "lora" else "flora") and LAYER in adapter.factors
 
 
-def test_the_copies_are_good(folders):
-    for family, folder in folders.items():
-        adapter = read_adapter(folder)
-        assert adapter.family == family and LAYER in adapter.factors
-
-
-@pytest.mark.parametrize("family", ["lora", "flora"])
+@pytest.mark.parametrize("kind", FACTORS)
 class TestBrokenFiles:
-    def test_no_such_folder(self, family, tmp_path):
+    def test_no_such_folder(self, kind, tmp_path):
         assert_refused(tmp_path / "nowhere", "there is no such folder")
 
-    def test_an_over_long_name(self, family):
+    def test_an_over_long_name(self, kind):
         with pytest.raises(CheckpointError, match="there is no such folder"):
             read_adapter("x" * 5000)
 
-    def test_a_file_instead_of_a_folder(self, family, folders):
-        assert_refused(folders[family] / CONFIG_FILE, "is a file; give the folder")
+    def test_a_file_instead_of_a_folder(self, kind, folder):
+        assert_refused(folder / CONFIG_FILE, "is a file; give the folder")
 
-    def test_no_config(self, family, folders):
-        (folders[family] / CONFIG_FILE).unlink()
-        assert_refused(folders[family], "adapter_config.json is missing")
+    def test_no_config(self, kind, folder):
+        (folder / CONFIG_FILE).unlink()
+        assert_refused(folder, "adapter_config.json is missing")
 
     @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\xfa", b"[" * 100_000], ids=["cut", "empty", "not text", "nested"])
-    def test_broken_json(self, family, folders, content):
-        (folders[family] / CONFIG_FILE).write_bytes(content)
-        assert_refused(folders[family], "adapter_config.json is not valid JSON")
+    def test_broken_json(self, kind, folder, content):
+        (folder / CONFIG_FILE).write_bytes(content)
+        assert_refused(folder, "adapter_config.json is not valid JSON")
 
     @pytest.mark.parametrize("content", ["[]", "3", "null", '"LORA"'])
-    def test_json_that_is_no_object(self, family, folders, content):
-        (folders[family] / CONFIG_FILE).write_text(content)
-        assert_refused(folders[family], "not a JSON object")
+    def test_json_that_is_no_object(self, kind, folder, content):
+        (folder / CONFIG_FILE).write_text(content)
+        assert_refused(folder, "not a JSON object")
 
-    def test_no_peft_type(self, family, folders):
-        set_config(folders[family], peft_type=None)
-        assert_refused(folders[family], "has no peft_type")
+    def test_no_peft_type(self, kind, folder):
+        set_config(folder, peft_type=None)
+        assert_refused(folder, "has no peft_type")
 
     @pytest.mark.parametrize(
         "peft_type", ["OFT", "PREFIX_TUNING", "LOHA", "ADALORA", "VERA", "lora", "flora", 5, ["LORA"], "X" * 500, "a\nb"]
     )
-    def test_an_unsupported_type(self, family, folders, peft_type):
-        set_config(folders[family], peft_type=peft_type)
-        assert_refused(folders[family], r"PEFT type .* cannot be served per row; LoRA, IA3, HiRA and fLoRA can")
+    def test_an_unsupported_type(self, kind, folder, peft_type):
+        set_config(folder, peft_type=peft_type)
+        assert_refused(folder, r"PEFT type .* cannot be served per row; LoRA, IA3, HiRA and fLoRA can")
 
-    def test_no_weights(self, family, folders):
-        (folders[family] / WEIGHTS_FILE).unlink()
-        assert_refused(folders[family], "adapter_model.safetensors is missing")
+    def test_no_weights(self, kind, folder):
+        (folder / WEIGHTS_FILE).unlink()
+        assert_refused(folder, "adapter_model.safetensors is missing")
 
     @pytest.mark.parametrize("size", [0, 4, 200, -8])
-    def test_truncated_weights(self, family, folders, size):
-        path = folders[family] / WEIGHTS_FILE
+    def test_truncated_weights(self, kind, folder, size):
+        path = folder / WEIGHTS_FILE
         path.write_bytes(path.read_bytes()[:size])
-        assert_refused(folders[family], "truncated or not a safetensors file")
+        assert_refused(folder, "truncated or not a safetensors file")
 
-    def test_no_tensors(self, family, folders):
-        change_tensors(folders[family], lambda tensors: tensors.clear())
-        assert_refused(folders[family], "holds no adapter weights")
-
-    @pytest.mark.parametrize("side", ["A", "B"])
-    def test_a_missing_side(self, family, folders, side):
-        change_tensors(folders[family], lambda tensors: tensors.pop(KEY[family][side]))
-        assert_refused(folders[family], f"layer {LAYER} lacks its {side} side")
-
-    @pytest.mark.parametrize("side", ["A", "B"])
-    def test_sides_of_different_rank(self, family, folders, side):
-        def cut(tensors: dict[str, torch.Tensor]) -> None:
-            key = KEY[family][side]
-            columns = family == "lora" and side == "B"
-            tensors[key] = (tensors[key][:, :-1] if columns else tensors[key][:-1]).contiguous()
-
-        change_tensors(folders[family], cut)
-        assert_refused(folders[family], f"layer {LAYER} has rank . on its A side and . on its B side")
-
-    def test_rank_0(self, family, folders):
-        def empty(tensors: dict[str, torch.Tensor]) -> None:
-            for side, key in KEY[family].items():
-                tensors[key] = (tensors[key][:, :0] if family == "lora" and side == "B" else tensors[key][:0]).contiguous()
-
-        change_tensors(folders[family], empty)
-        assert_refused(folders[family], f"layer {LAYER} has rank 0")
-
-    @pytest.mark.parametrize("shape", [(8,), (2, 2, 2), ()], ids=str)
-    def test_factors_that_are_no_matrices(self, family, folders, shape):
-        change_tensors(folders[family], lambda tensors: tensors.update({KEY[family]["A"]: torch.zeros(shape)}))
-        assert_refused(folders[family], f"layer {LAYER} has factors of {len(shape)} and 2 dimensions")
+    def test_no_tensors(self, kind, folder):
+        change_tensors(folder, lambda tensors: tensors.clear())
+        assert_refused(folder, "holds no adapter weights")
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-    def test_weights_that_are_not_finite(self, family, folders, value):
+    def test_weights_that_are_not_finite(self, kind, folder, value):
         def spoil(tensors: dict[str, torch.Tensor]) -> None:
-            tensors[KEY[family]["B"]][0, 0] = value
+            tensors[KEY[kind]["B"]][0, 0] = value
 
-        change_tensors(folders[family], spoil)
-        assert_refused(folders[family], rf"tensor .*{LAYER}.* has NaN or infinite weights")
+        change_tensors(folder, spoil)
+        assert_refused(folder, rf"tensor .*{LAYER}.* has NaN or infinite weights")
 
-    def test_weights_too_large_for_single_precision(self, family, folders):
-        key = KEY[family]["A"]
-        change_tensors(folders[family], lambda tensors: tensors.update({key: tensors[key].double() * 1e300}))
-        assert_refused(folders[family], rf"tensor .*{LAYER}.* has NaN or infinite weights")
+    def test_weights_too_large_for_single_precision(self, kind, folder):
+        key = KEY[kind]["A"]
+        change_tensors(folder, lambda tensors: tensors.update({key: tensors[key].double() * 1e300}))
+        assert_refused(folder, rf"tensor .*{LAYER}.* has NaN or infinite weights")
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
-    def test_integer_weights(self, family, folders, dtype):
-        key = KEY[family]["A"]
-        change_tensors(folders[family], lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
-        assert_refused(folders[family], f"tensor {key} is {dtype}, not floating point")
+    def test_integer_weights(self, kind, folder, dtype):
+        key = KEY[kind]["A"]
+        change_tensors(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+        assert_refused(folder, f"tensor {key} is {dtype}, not floating point")
 
     @pytest.mark.parametrize(
         "key",
         ["base_model.model.lm_head.weight", "base_model.model.transformer.wte.lora_embedding_A", f"base_model.model.{LAYER}.bias"],
     )
-    def test_tensors_of_another_kind(self, family, folders, key):
-        change_tensors(folders[family], lambda tensors: tensors.update({key: torch.zeros(3, 4)}))
-        assert_refused(folders[family], f"tensor {key} is of no supported kind")
+    def test_tensors_of_another_kind(self, kind, folder, key):
+        change_tensors(folder, lambda tensors: tensors.update({key: torch.zeros(3, 4)}))
+        assert_refused(folder, f"tensor {key} is of no supported kind")
+
+
+@pytest.mark.parametrize("kind", ["lora", "flora", "hira"])
+class TestBrokenSides:
+    @pytest.mark.parametrize("side", ["A", "B"])
+    def test_a_missing_side(self, kind, folder, side):
+        change_tensors(folder, lambda tensors: tensors.pop(KEY[kind][side]))
+        assert_refused(folder, f"layer {LAYER} lacks its {side} side")
+
+    @pytest.mark.parametrize("side", ["A", "B"])
+    def test_sides_of_different_rank(self, kind, folder, side):
+        def cut(tensors: dict[str, torch.Tensor]) -> None:
+            key = KEY[kind][side]
+            columns = kind != "flora" and side == "B"
+            tensors[key] = (tensors[key][:, :-1] if columns else tensors[key][:-1]).contiguous()
+
+        change_tensors(folder, cut)
+        assert_refused(folder, f"layer {LAYER} has rank . on its A side and . on its B side")
+
+    def test_rank_0(self, kind, folder):
+        def empty(tensors: dict[str, torch.Tensor]) -> None:
+            for side, key in KEY[kind].items():
+                tensors[key] = (tensors[key][:, :0] if kind != "flora" and side == "B" else tensors[key][:0]).contiguous()
+
+        change_tensors(folder, empty)
+        assert_refused(folder, f"layer {LAYER} has rank 0")
+
+    @pytest.mark.parametrize("shape", [(8,), (2, 2, 2), ()], ids=str)
+    def test_factors_that_are_no_matrices(self, kind, folder, shape):
+        change_tensors(folder, lambda tensors: tensors.update({KEY[kind]["A"]: torch.zeros(shape)}))
+        assert_refused(folder, f"layer {LAYER} has factors of {len(shape)} and 2 dimensions")
 
 
 @pytest.mark.parametrize("combine", [None, "max", 2, ["sum"]])

@@ -29,14 +29,14 @@ class Architecture:
     save: Callable[[Path], Path]
     attention: list[str]
     feed_forward: list[str]
-    biases: bool  # whether every layer of `feed_forward` has a bias
 
 
 ARCHITECTURES = {
-    "code": Architecture(tiny_models.save_code_model, ["c_attn"], ["c_fc", "mlp.c_proj"], True),  # fused, multi-query
-    "llama": Architecture(tiny_models.save_llama_model, ["q_proj", "v_proj"], ["up_proj", "down_proj"], False),  # grouped queries
-    "speech": Architecture(tiny_models.save_speech_model, ["q_proj", "v_proj", "encoder_attn.k_proj"], ["fc1", "fc2"], True),
-    "qwen2": Architecture(tiny_models.save_qwen2_model, ["q_proj", "k_proj", "v_proj"], ["gate_proj", "down_proj"], False),
+    "code": Architecture(tiny_models.save_code_model, ["c_attn"], ["c_fc", "mlp.c_proj"]),  # fused, multi-query
+    "gpt2": Architecture(tiny_models.save_gpt2_model, ["c_attn"], ["c_fc", "mlp.c_proj"]),  # Conv1D
+    "llama": Architecture(tiny_models.save_llama_model, ["q_proj", "v_proj"], ["up_proj", "down_proj"]),  # no biases
+    "qwen2": Architecture(tiny_models.save_qwen2_model, ["q_proj", "k_proj", "v_proj"], ["gate_proj", "down_proj"]),  # some
+    "speech": Architecture(tiny_models.save_speech_model, ["q_proj", "v_proj", "encoder_attn.k_proj"], ["fc1", "fc2"]),
 }
 
 
@@ -72,7 +72,7 @@ STRENGTH = 0.3
 def made_by_peft(base: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
     """PEFT's model, its adapter filled with random numbers that matter: around one where they multiply, else around zero."""
     torch.manual_seed(seed)
-    with warnings.catch_warnings():  # of lora_bias on a layer without a bias, which could not be merged
+    with warnings.catch_warnings():  # of Conv1D, and of lora_bias on a layer without a bias, which could not be merged
         warnings.simplefilter("ignore")
         model = get_peft_model(deepcopy(base), config).eval()
     for name, parameter in model.named_parameters():
