@@ -31,9 +31,9 @@ def say(folder: Path, base_model: object) -> None:
         "CODE",
         "bigcode/code",
         "./code/",
-        "/home/me/models/code",
-        r"C:\\models\\code",
-        "/cache/models--bigcode--code/snapshots/0a1b",
+        "/srv/models/code",
+        r"D:\models\code",
+        "/srv/models--bigcode--code/snapshots/0a1b",
     ]
     + [None, "", ".", 7],
 )
@@ -42,7 +42,7 @@ def test_an_adapter_of_this_model_is_taken_wherever_it_lay(made_for, checkpoints
     assert checkpoints["code"].engine().add_adapter("new", lora).families == ("lora",)
 
 
-@pytest.mark.parametrize("made_for", ["bigcode/starcoderbase-1b", "/home/me/secret/starcoderbase-1b", "starcoderbase-1b"])
+@pytest.mark.parametrize("made_for", ["bigcode/starcoderbase-1b", "/srv/secret/starcoderbase-1b", "starcoderbase-1b"])
 def test_an_adapter_of_another_model_is_named_even_if_it_fits(made_for, checkpoints, lora):
     engine = checkpoints["code"].engine("aa")
     say(lora, made_for)
