@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from copy import copy
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -477,9 +477,8 @@ def test_rows_of_both_families_share_one_product_with_the_weight(size, dtype, mo
         y = ops.mixed(problem.x, problem.weight, problem.A, problem.B, routing.slots, problem.bias, routing, added)
         assert_close(y, truth, scale, dtype, f"mixed, {sum(adds)} of {len(adds)} rows add")
         assert len(products) == 1
-        around = ops.mixed_around(
-            lambda x: counted(x, problem.weight), problem.x, problem.A, problem.B, routing, problem.bias, added  # noqa: B023
-        )
+        product = partial(counted, weight=problem.weight)
+        around = ops.mixed_around(product, problem.x, problem.A, problem.B, routing, problem.bias, added)
         assert_close(around, truth, scale, dtype, "mixed around a layer")
         assert len(products) == 2
 
