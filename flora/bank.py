@@ -47,6 +47,8 @@ class AdapterInfo:
     layers: dict[str, int]  # number of adapted layers by family
     size_bytes: int
     sources: tuple[str, ...]
+    peft_types: tuple[str | None, ...]  # as `families`: what each checkpoint calls itself
+    base_models: tuple[str | None, ...]  # as `families`: what each checkpoint says it was made for
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,38 @@ class BatchServing:
             return None
         if len(set(self.slots)) == 1:
             return stack.biases[self.slots[0]]
-        own = self.bank.layers[layer].bias.to(self.bank.dtype)
+        own = self.bank.own_bias(layer).to(self.bank.dtype)
         return torch.stack([stack.biases.get(slot, own) for slot in self.slots]).unsqueeze(1)
+
+
+class MixedServing(BatchServing):
+    """One batch whose rows' adapters are of either family: for every layer the part of those that multiply, the others served by
+    the identity there, and the part of those that add."""
+
+    def __init__(self, bank: AdapterBank, slots: Sequence[int]) -> None:
+        super().__init__(bank, slots, "mixed", None)
+        adds = [bank.preferred_family(slot) == "lora" for slot in slots]
+        self._multiplied = BatchServing(bank, _others_bare(slots, adds, False), "flora-expand", "flora")
+        self._added = BatchServing(bank, _others_bare(slots, adds, True), "bmm-lora", "lora")
+        self._adds = torch.tensor(adds, device=bank.device)[:, None, None]  # (n, 1, 1)
+        self._bare = ops.route([IDENTITY_SLOT] * len(slots), [0], 1, bank.device)
+
+    def _make_plan(self, layer: str) -> LayerPlan | None:
+        multiplied, added = self._multiplied.plan(layer), self._added.plan(layer)
+        if added is None:
+            return multiplied
+        rows = ops.AddedRows(added.A, added.B, added.routing)
+        if multiplied is None:
+            return LayerPlan(added.A, added.B, self._bare, bias=added.bias, added=rows)
+        bias = added.bias if multiplied.bias is None else multiplied.bias
+        if multiplied.bias is not None and added.bias is not None:
+            bias = torch.where(self._adds, added.bias, multiplied.bias)
+        return replace(multiplied, bias=bias, added=rows)
+
+
+def _others_bare(slots: Sequence[int], adds: Sequence[bool], wanted: bool) -> list[int]:
+    """The rows' slots, the identity's for rows that are not wanted."""
+    return [slot if one is wanted else IDENTITY_SLOT for slot, one in zip(slots, adds, strict=True)]
 
 
 class AdapterBank:
@@ -235,6 +267,8 @@ class AdapterBank:
             layers={adapter.family: len(adapter.factors) for adapter in adapters},
             size_bytes=packed.size_bytes,
             sources=tuple(adapter.source for adapter in adapters),
+            peft_types=tuple(adapter.peft_type for adapter in adapters),
+            base_models=tuple(adapter.base_model for adapter in adapters),
         )
         digest = None if reload is None else packed.digest()
         return PreparedAdapter(info, StoredAdapter(name, packed, packed.size_bytes, reload, digest))
@@ -267,9 +301,9 @@ class AdapterBank:
         available = self._require(name).info.families
         if method == "base":
             return None
-        if method == "merged":
-            return _merged_family(available)
         family = ops.FAMILY[method]
+        if family is None:
+            return _preferred_family(available)
         if family not in available:
             having = [tag for tag, info in self.info.items() if family in info.families]
             raise AdapterError(
@@ -301,6 +335,11 @@ class AdapterBank:
                 )
             if A is not None and B is not None and len(A) != len(B):
                 raise AdapterError(f"adapter {name!r}: layer {layer} has rank {len(A)} on its A side and {len(B)} on its B side")
+        for layer, bias in adapter.added_biases.items():
+            if layer not in adapter.factors or bias.shape != (self.layers[layer].out_features,):
+                raise AdapterError(
+                    f"adapter {name!r}: its bias of shape {tuple(bias.shape)} is not that of a layer that it adapts: {layer}"
+                )
 
     # ----------------------------------------------------------------------------------------------------- pinning
 
@@ -447,10 +486,12 @@ class AdapterBank:
         for slot in distinct:
             if slot not in self._users:
                 raise AdapterError(f"slot {slot} is pinned by no request: its adapter may be gone; pin it first")
+        if method == "mixed":
+            return MixedServing(self, slots)
         if method != "merged":
             family = ops.FAMILY[method]
         elif family is None:
-            family = _merged_family(self._held[slots[0]][1])
+            family = self.preferred_family(slots[0])
         for slot in distinct:
             stored, layouts = self._held[slot]
             if family not in layouts:
@@ -473,6 +514,15 @@ class AdapterBank:
     def layouts(self, slots: Iterable[int], family: str) -> list[Layout]:
         """What each of these slots holds of one family, the identity left out."""
         return [self._held[slot][1][family] for slot in slots if slot != IDENTITY_SLOT]
+
+    def preferred_family(self, slot: int) -> str | None:
+        """Which of a slot's adapters `mixed` and `merged` serve; None for the identity."""
+        return None if slot == IDENTITY_SLOT else _preferred_family(self._held[slot][1])
+
+    def own_bias(self, layer: str) -> Tensor:
+        """(d_out,), zeros where the layer has none."""
+        adapted = self.layers[layer]
+        return torch.zeros(adapted.out_features, device=self.device) if adapted.bias is None else adapted.bias
 
     def merged_weights(self, slots: Sequence[int], family: str) -> MergedWeights:
         """The weights that batches of these slots' one adapter share."""
@@ -510,7 +560,7 @@ class AdapterBank:
         """Fill a slot. Components beyond an adapter's rank are left as they are: nobody reads them."""
         # Stacks that were made in inference mode could never be written outside of it.
         with torch.inference_mode(False):
-            targets, layout = [], factors.layout
+            targets, layout, added = [], factors.layout, {}
             for part in layout.layers:
                 stack = self._stack_with_room(layout.family, part.layer, part.rank)
                 fills_slot = part.rank == stack.rank_stride
@@ -520,11 +570,16 @@ class AdapterBank:
                     else:
                         targets.append(row if fills_slot else row[:size])
                 stack.ranks[slot] = part.rank
+                if part.size_bias:
+                    added[part.layer] = torch.empty(part.size_bias, device=self.device, dtype=self.dtype)
+                    targets.append(added[part.layer])
                 if part.scales_bias and self.layers[part.layer].bias is not None:
                     scale = factors.bias_scales[part.layer].to(self.device)
                     stack.biases[slot] = (self.layers[part.layer].bias * scale).to(self.dtype)
             numbers = factors.numbers.to(self.device, non_blocking=True)
             torch._foreach_copy_(targets, list(numbers.split(layout.sizes)))
+            for layer, bias in added.items():
+                self._stacks[layout.family, layer].biases[slot] = (self.own_bias(layer) + bias).to(self.dtype)
 
     def _stack_with_room(self, family: str, layer: str, rank: int) -> _Stack:
         stack = self._stacks.get((family, layer))
@@ -555,7 +610,7 @@ class AdapterBank:
         self._free.append(slot)
 
 
-def _merged_family(available: Iterable[str]) -> str:
+def _preferred_family(available: Iterable[str]) -> str:
     return "flora" if "flora" in available else "lora"
 
 

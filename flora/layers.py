@@ -29,6 +29,7 @@ class LayerPlan:
     routing: ops.Routing
     merged_weight: Tensor | None = None  # (d_out, d_in), method `merged` only: the whole batch has one adapter
     bias: Tensor | None = None  # where an adapter changes the layer's own: (d_out,), or (n, 1, d_out) where rows differ
+    added: ops.AddedRows | None = None  # method `mixed` only: the rows whose adapters add
     one_token: Callable[[Tensor], Tensor] | None = None  # what the layer does at a decode step, once it has worked that out
 
 
@@ -69,7 +70,7 @@ class AdaptedLinear(nn.Module):
         if self.is_black_box:
             raise AdapterError(
                 f"layer {self.name} is quantised ({type(self.base).__name__}) and has no plain weight: "
-                "use flora, flora-expand, bmm-lora, loop-lora or base, or load the model without quantize"
+                "use flora, flora-expand, bmm-lora, loop-lora, mixed or base, or load the model without quantize"
             )
         return weight_of(self.base)
 
@@ -100,12 +101,13 @@ class AdaptedLinear(nn.Module):
                 f"layer {self.name} got {x.shape[0]} rows for a batch of {plan.routing.slots.shape[0]}: "
                 "this architecture reshapes its batch before the layer, which per-row adapters cannot follow"
             )
+        more = {} if plan.added is None else {"added": plan.added}
         if self.is_black_box:
             around = ops.around_function_of(method)
             if around is None:
                 _ = self.weight  # says what the method needs
-            return around(partial(product_of, self.base), x, plan.A, plan.B, plan.routing, bias)
-        return ops.function_of(method)(x, self.weight, plan.A, plan.B, plan.routing.slots, bias, plan.routing)
+            return around(partial(product_of, self.base), x, plan.A, plan.B, plan.routing, bias, **more)
+        return ops.function_of(method)(x, self.weight, plan.A, plan.B, plan.routing.slots, bias, plan.routing, **more)
 
     def _for_one_token(self, method: str, plan: LayerPlan, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         """What decode steps of this batch call instead of `_serve`, once that has checked them; None where nothing is gained."""

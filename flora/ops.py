@@ -38,10 +38,11 @@ FAMILY: dict[str, str | None] = {
     "flora-modulate": "flora",
     "bmm-lora": "lora",
     "loop-lora": "lora",
+    "mixed": None,
     "merged": None,
     "base": None,
 }
-"""Which family of adapters each method serves; `merged` takes the tag's fLoRA adapter, else its LoRA one, `base` none."""
+"""Which family of adapters each method serves; `mixed` and `merged` take a tag's fLoRA adapter, else its LoRA one, `base` none."""
 
 METHODS = tuple(FAMILY)
 
@@ -410,6 +411,48 @@ def merge_lora(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return weight + B.T @ A
 
 
+# --------------------------------------------------------------------------------------------------------------- mixed
+
+
+@dataclass(frozen=True)
+class AddedRows:
+    """What `mixed` adds: the factors of the lora family and which of them serve which row, the other rows by the identity."""
+
+    A: Tensor  # (slots, r, d_in)
+    B: Tensor  # (slots, r, d_out)
+    routing: Routing
+
+
+def mixed_around(
+    product: Callable[[Tensor], Tensor],
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    routing: Routing,
+    bias: Tensor | None = None,
+    added: AddedRows | None = None,
+) -> Tensor:
+    """`mixed` around any layer: `product(x) = x @ weight.T`, called once."""
+    y = expand_around(product, x, A, B, routing, bias)
+    return y if added is None else _add_bmm(x, y, added.A, added.B, added.routing)
+
+
+def mixed(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    slots: Tensor,
+    bias: Tensor | None = None,
+    routing: Routing | None = None,
+    added: AddedRows | None = None,
+) -> Tensor:
+    """Rows of both families in one batch and one product with the weight: those of the flora family as `flora_expand`, to the
+    others, which the identity serves there, LoRA is added as by `bmm_lora`."""
+    y = flora_expand(x, weight, A, B, slots, bias, routing)
+    return y if added is None else _add_bmm(x, y, added.A, added.B, added.routing)
+
+
 # -------------------------------------------------------------------------------------------------------------- shared
 
 
@@ -423,6 +466,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "flora-modulate": flora_modulate,
     "bmm-lora": bmm_lora,
     "loop-lora": loop_lora,
+    "mixed": mixed,
 }
 
 _AROUND: dict[str, Callable[..., Tensor]] = {
@@ -430,6 +474,7 @@ _AROUND: dict[str, Callable[..., Tensor]] = {
     "flora-expand": expand_around,
     "bmm-lora": bmm_lora_around,
     "loop-lora": loop_lora_around,
+    "mixed": mixed_around,
 }
 
 

@@ -47,12 +47,13 @@ class AdapterCounters:
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """What a packed adapter holds of one layer: A (rank, d_in), then B (rank, d_out)."""
+    """What a packed adapter holds of one layer: A (rank, d_in), then B (rank, d_out), then what it adds to the bias (d_out,)."""
 
     layer: str
     rank: int
     size_A: int  # rank · d_in, or 0 for a side that is all ones
     size_B: int
+    size_bias: int  # d_out, or 0 where nothing is added
     scales_bias: bool
 
 
@@ -64,11 +65,12 @@ class Layout:
     family: str
     layers: tuple[PackedLayer, ...]
     ranks: dict[str, int] = field(init=False)  # by layer
-    sizes: list[int] = field(init=False)  # of the sides that are not all ones, in their order
+    sizes: list[int] = field(init=False)  # of the sides that are not all ones and the added biases, in their order
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", {part.layer: part.rank for part in self.layers})
-        object.__setattr__(self, "sizes", [size for part in self.layers for size in (part.size_A, part.size_B) if size])
+        sizes = [size for part in self.layers for size in (part.size_A, part.size_B, part.size_bias) if size]
+        object.__setattr__(self, "sizes", sizes)
 
 
 _LAYOUTS: WeakValueDictionary[tuple, Layout] = WeakValueDictionary()
@@ -118,16 +120,17 @@ def _pack_family(name: str, adapter: Adapter, dtype: torch.dtype, pin_memory: bo
     sides: list[Tensor] = []
     bias_scales: dict[str, Tensor] = {}
     for layer, (A, B) in adapter.factors.items():
-        size_A, size_B = (0 if side is None else side.numel() for side in (A, B))
-        parts.append(PackedLayer(layer, len(B if A is None else A), size_A, size_B, layer in adapter.scaled_biases))
-        sides += [side.reshape(-1).to("cpu") for side in (A, B) if side is not None]
+        held = (A, B, adapter.added_biases.get(layer))
+        sizes = (0 if numbers is None else numbers.numel() for numbers in held)
+        parts.append(PackedLayer(layer, len(B if A is None else A), *sizes, layer in adapter.scaled_biases))
+        sides += [numbers.reshape(-1).to("cpu") for numbers in held if numbers is not None]
         if layer in adapter.scaled_biases:
             bias_scales[layer] = B.float().sum(0).to("cpu")
     numbers = torch.cat(sides).to(dtype)
     if pin_memory:
         numbers = numbers.pin_memory()
     if not numbers.isfinite().all():
-        ends = accumulate(part.size_A + part.size_B for part in parts)
+        ends = accumulate(part.size_A + part.size_B + part.size_bias for part in parts)
         place = int((~numbers.isfinite()).nonzero()[0])
         layer = next(part.layer for part, end in zip(parts, ends, strict=True) if place < end)
         raise AdapterError(

@@ -264,10 +264,10 @@ def _add_targets(commands: argparse._SubParsersAction) -> None:
 def _add_serving(commands: argparse._SubParsersAction) -> None:
     serving = commands.add_parser(
         "serving",
-        help="the engine beside PEFT's mixed batch, merged weights and few adapters; its own time; goodput",
+        help="the engine beside PEFT's mixed batch and its HiRA, merged weights and few adapters; its own time; goodput",
         description="Measure the engine on the embedded code model beside what it has to beat, the contestants taking turns.",
     )
-    parts = ["peft", "overhead", "merged", "adapters", "goodput"]
+    parts = ["peft", "hira", "overhead", "merged", "adapters", "goodput"]
     serving.add_argument("--part", nargs="+", choices=parts, default=parts, metavar="PART", help=f"default: {' '.join(parts)}")
     serving.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="per request; default: 64")
     serving.add_argument("--rounds", type=int, default=5, metavar="N", help="of each comparison; default: 5")

@@ -37,6 +37,8 @@ def _work(result: ComparisonResult, method: str) -> str:
         return f"{label} forms a weight of its own in every layer for each of the {adapters} adapters."
     if method == "bmm-lora":
         return f"{label} sends one row per request through every layer and adds two small batched products of rank {rank}."
+    if method == "mixed":
+        return f"{label} sends a row per request through every layer, of an adapter that multiplies one per component, and adds LoRA."
     if method == "loop-lora":
         return f"{label} sends one row per request through every layer and adds two small products for each adapter."
     return f"{label} runs the whole model once for each of the {adapters} adapters, its weights merged."

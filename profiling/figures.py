@@ -25,7 +25,8 @@ GRID_COLOUR = "rgba(128, 128, 128, 0.22)"
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """How a method looks, everywhere. colour: Okabe-Ito's palette, and its two greys for what is not a contender."""
+    """How a method looks, everywhere. colour: Okabe-Ito's palette, its yellow as dark as it must be to read on white, and two greys
+    for what is not a contender."""
 
     label: str
     colour: str
@@ -39,6 +40,7 @@ METHOD_STYLES: dict[str, MethodStyle] = {
     "flora-modulate": MethodStyle("fLoRA modulate", "#009E73", "dashdot", "triangle-down"),
     "bmm-lora": MethodStyle("bmm-LoRA", "#D55E00", "dash", "square"),
     "loop-lora": MethodStyle("loop-LoRA", "#E69F00", "dot", "diamond"),
+    "mixed": MethodStyle("mixed", "#9C8F00", "longdashdot", "hexagon"),
     "sgmv-lora": MethodStyle("sgmv-LoRA", "#CC79A7", "longdash", "cross"),
     "merged": MethodStyle("merged", "#999999", "longdashdot", "x"),
     "base": MethodStyle("base model", "#767676", "dot", "star"),

@@ -1,7 +1,7 @@
 """The engine beside what it has to beat, and its own time: the figures that decide whether serving many adapters at once pays.
 
 Contestants take turns, round after round, in one process, on the same requests; a figure is the median of the rounds' ratios with
-its bootstrap interval. `peft` is PEFT's own mixed batch, `PeftModel.generate(adapter_names=…)`.
+its bootstrap interval. `peft` is PEFT's own mixed batch, `PeftModel.generate(adapter_names=…)`, where it has one.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
+import peft
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -25,6 +29,7 @@ from flora.corpus.code import example_prompts
 from flora.engine import Engine, Request
 from flora.engine.device import compute_on
 from flora.errors import RequestError
+from flora.random_adapters import STRENGTH
 from profiling import hardware, report, workload
 from profiling.document import text_table
 from profiling.load_metrics import figures_of
@@ -153,15 +158,10 @@ def beside_peft(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[Fi
     tags = sorted(path.name for path in ADAPTERS.iterdir())[:NUM_ADAPTERS]
     requests = _requests(tags, num_new_tokens)
     engine, compute = code_engine(tags), compute_on(torch.device("cpu"))  # the same thread for all: none is slowed by another's
-    peft = compute(lambda: PeftBatch(tags, requests))
-    theirs = compute(peft.generate)
-    ours = [completion.token_ids for completion in engine.generate(requests, "bmm-lora")]
-    num_tokens = len(tags) * num_new_tokens
-    pairs = zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True)
-    agreeing = sum(own == their for own, their in pairs)
-    yield Figure("peft", "bmm-lora's tokens that are PEFT's", agreeing / num_tokens, None, None, num_tokens, 1.0, unit="%")
+    batch = compute(lambda: PeftBatch(tags, requests))
+    yield _same_tokens("peft", "bmm-lora", engine, requests, compute(batch.generate))
     served = {method: partial(engine.generate, requests, method) for method in (*METHODS, "base")}
-    contestants = {"peft": lambda: compute(peft.generate), **served}
+    contestants = {"peft": lambda: compute(batch.generate), **served}
     seconds = _in_turn(contestants, rounds, tell)
     for method in METHODS:
         what = f"{method}: tokens/s over PEFT's mixed batch, {len(tags)} adapters"
@@ -169,6 +169,74 @@ def beside_peft(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[Fi
     yield Figure.of_ratio("peft", "base: the same, without adapters", paired_ratio(seconds["peft"], seconds["base"]), None)
     for name, taken in seconds.items():
         yield Figure("peft", f"{name}: a step", 1000 * median(taken) / num_new_tokens, None, None, rounds, None, unit=" ms")
+    engine.close()
+
+
+def _same_tokens(part: str, method: str, engine: Engine, requests: Sequence[Request], theirs: list[list[int]]) -> Figure:
+    """The share of a method's tokens that are PEFT's: below all of them, what comes after is no comparison."""
+    ours = itertools.chain(*(completion.token_ids for completion in engine.generate(requests, method)))
+    pairs = list(zip(ours, itertools.chain(*theirs), strict=True))
+    agreeing = sum(own == their for own, their in pairs)
+    return Figure(part, f"{method}'s tokens that are PEFT's", agreeing / len(pairs), None, None, len(pairs), 1.0, unit="%")
+
+
+# --------------------------------------------------------------------------------------------------------------- HiRA
+
+
+class PeftHira:
+    """PEFT on HiRA adapters, adapter after adapter: it serves no mixed batch of them. One base model with all of them on it.
+
+    tags: of the adapters that are made, of rank 4 on every linear layer, random and strong enough to change the answers.
+    """
+
+    def __init__(self, tags: Sequence[str], requests: Sequence[Request]) -> None:
+        if not hasattr(peft, "HiraConfig"):
+            raise RequestError("HiRA came with PEFT 0.20, and this one is older: upgrade peft, or leave the part hira out")
+        config = peft.HiraConfig(r=4, target_modules="all-linear")
+        self.model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), config, adapter_name=tags[0])
+        for tag in tags[1:]:
+            self.model.add_adapter(tag, config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, factor in self.model.named_parameters():
+                if "hira_" in name:
+                    factor.normal_(0.0, STRENGTH / math.sqrt(config.r) if "hira_B" in name else 1.0, generator=generator)
+        self.model.eval().generation_config.eos_token_id = None  # as `ignore_eos`
+        tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        self.inputs = {request.adapter: tokenizer(request.prompt, return_tensors="pt") for request in requests}
+        self.num_new_tokens = requests[0].max_new_tokens
+
+    def save(self, folder: Path) -> dict[str, Path]:
+        """tag → its checkpoint, as PEFT writes it."""
+        self.model.save_pretrained(folder)
+        return {tag: folder / tag for tag in self.inputs}
+
+    @torch.inference_mode()
+    def generate(self) -> list[list[int]]:
+        """Each prompt's new tokens."""
+        answers = []
+        for tag, inputs in self.inputs.items():
+            self.model.set_adapter(tag)
+            output = self.model.generate(**inputs, max_new_tokens=self.num_new_tokens, do_sample=False, pad_token_id=0)
+            answers.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+        return answers
+
+
+def beside_peft_hira(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[Figure]:
+    """Tokens a second over PEFT's, eight distinct HiRA adapters of rank 4: in one batch here, adapter after adapter there."""
+    tags = [f"hira-{number}" for number in range(NUM_ADAPTERS)]
+    requests, compute = _requests(tags, num_new_tokens), compute_on(torch.device("cpu"))
+    by_peft = compute(lambda: PeftHira(tags, requests))
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine.from_pretrained(MODEL, by_peft.save(Path(folder)), device="cpu")
+    yield _same_tokens("hira", "flora", engine, requests, compute(by_peft.generate))
+    contestants = {"peft": lambda: compute(by_peft.generate), "flora": partial(engine.generate, requests, "flora")}
+    seconds = _in_turn(contestants, rounds, tell)
+    what = f"flora: tokens/s over PEFT, which serves HiRA adapter by adapter, {len(tags)} adapters"
+    yield Figure.of_ratio("hira", what, paired_ratio(seconds["peft"], seconds["flora"]), 8.0)
+    for name, taken in seconds.items():
+        tokens_per_s = len(tags) * num_new_tokens / median(taken)
+        yield Figure("hira", f"{name}: tokens a second", tokens_per_s, None, None, rounds, None, unit=" tokens/s")
     engine.close()
 
 
@@ -288,6 +356,7 @@ def goodput(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[Figure
 
 MEASURES: dict[str, Callable[[int, int, Progress], Iterator[Figure]]] = {
     "peft": beside_peft,
+    "hira": beside_peft_hira,
     "overhead": own_time,
     "merged": beside_merged,
     "adapters": many_adapters,

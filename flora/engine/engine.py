@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from flora import ops
-from flora.bank import AdapterBank, AdapterInfo
+from flora.bank import AdapterBank, AdapterInfo, PreparedAdapter
 from flora.engine.core import Core, Counts, Row
 from flora.engine.device import TurnLock, apart, compute_on, turns_on
 from flora.engine.generation import BatchGeneration, Generation, SequentialGeneration
@@ -28,7 +28,7 @@ from flora.engine.scheduler import group_by_adapter
 from flora.engine.server import Listener, Server, Ticket
 from flora.engine.vocabulary import vocabulary_of
 from flora.errors import BusyError, FloraError, RequestError
-from flora.formats import Adapter, read_adapter
+from flora.formats import Adapter, read_adapter, require_base_model
 from flora.layers import ServingHolder, inject
 from flora.models import LoadedModel, load_model
 
@@ -129,17 +129,19 @@ class Engine:
         quantize: str | None = None,
         weights: str = "pretrained",
         max_batch_size: int = 32,
+        check_base_model: bool = True,
         **serving: int | bool | None,
     ) -> Engine:
         """Load a base model (folder, hub id or short name) and its adapters: tag → one checkpoint, or one of each family.
 
-        serving: adapter_slots, host_adapter_bytes, max_waiting, max_batch_tokens and static_shapes, as the class explains them.
+        check_base_model: as in `add_adapter`. serving: adapter_slots, host_adapter_bytes, max_waiting, max_batch_tokens and
+        static_shapes, as the class explains them.
         Raises ModelError, AdapterError or CheckpointError, each naming what is wrong.
         """
         load = partial(load_model, name, device, dtype, quantize, weights)
         engine = cls(compute_on(torch.device("cpu"))(load), max_batch_size, **serving)
         for tag, sources in (adapters or {}).items():
-            engine.add_adapter(tag, sources)
+            engine.add_adapter(tag, sources, check_base_model)
         return engine
 
     def _make_core(self, method: str, max_rows: int, max_batch_tokens: int) -> Core:
@@ -157,17 +159,25 @@ class Engine:
         """What is registered, by tag."""
         return self.bank.info
 
-    def add_adapter(self, name: str, sources: str | Path | Sequence[str | Path]) -> AdapterInfo:
+    def add_adapter(self, name: str, sources: str | Path | Sequence[str | Path], check_base_model: bool = True) -> AdapterInfo:
         """Register one checkpoint, or one of each family, under a tag; a tag that exists is replaced for requests admitted later.
 
-        It is read and checked before the engine's thread is held up, and only for as long as its name takes to be changed.
+        It is read and checked before the engine's thread is held up, and only for as long as its name takes to be changed. One that
+        fits, and yet names another base model than the engine's, is an AdapterError, unless check_base_model is False.
         """
         paths = [sources] if isinstance(sources, str | Path) else list(sources)
 
         def read() -> list[Adapter]:
             return [read_adapter(path) for path in paths]
 
-        prepared = apart(lambda: self.bank.prepare(name, read(), reload=read))
+        def prepare() -> PreparedAdapter:
+            adapters = read()
+            prepared = self.bank.prepare(name, adapters, reload=read)
+            if check_base_model:
+                require_base_model(name, adapters, (self.name, self.model.name_or_path))
+            return prepared
+
+        prepared = apart(prepare)
         with self._turns:
             return self.bank.commit(prepared)
 

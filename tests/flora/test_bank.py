@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,93 @@ def test_a_tag_of_two_families_serves_each_method_its_own(bank, net):
     for family, truth in ((None, flora), ("flora", flora), ("lora", lora)):
         serving = pinned(bank, ["lua"], "merged", family)
         assert_close(answer(bank, net, serving, X[:1]), by_hand(net, X[:1], truth))
+
+
+def biased(family: str, seed: int, layers: tuple[str, ...] = LAYERS) -> Adapter:
+    """One that changes biases: a lora adapter adds to them, a flora one, as IA3, multiplies them."""
+    made = adapter(family, 1, seed, layers)
+    if family == "flora":
+        return replace(made, scaled_biases=frozenset(layers))
+    return replace(made, added_biases={layer: torch.arange(float(SHAPES[layer][1])) - 2 for layer in layers})
+
+
+MIXED = {
+    "multiplies": [adapter("flora", 3, 1)],
+    "adds": [adapter("lora", 2, 2)],
+    "adds more": [adapter("lora", 5, 3)],
+    "both": [adapter("flora", 2, 4), adapter("lora", 2, 5)],  # its flora one is served
+    "multiplies first": [adapter("flora", 1, 6, ("first",))],
+    "adds second": [adapter("lora", 1, 7, ("second",))],
+    "scales biases": [biased("flora", 8)],
+    "adds biases": [biased("lora", 9)],
+    "adds a bias second": [biased("lora", 10, ("second",))],
+}
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        [*MIXED, None],
+        ["adds", "multiplies"],
+        ["adds", None, "adds more", "adds biases"],
+        ["multiplies", "both", None],
+        ["adds second", "multiplies first"],
+        ["multiplies first", "multiplies first", None],
+        ["scales biases", "adds biases", "scales biases"],
+        ["adds a bias second", "scales biases", None],
+        ["adds biases", "adds biases"],
+        ["scales biases"],
+        [None, None],
+    ],
+    ids=str,
+)
+def test_a_batch_of_both_families_serves_each_row_as_alone(bank, net, tags):
+    """Whichever layers an adapter touches, and whatever it does to their biases."""
+    for tag, adapters in MIXED.items():
+        bank.add(tag, adapters)
+    x = torch.randn(len(tags), 3, D)
+    with pinned_batch(bank, tags, "mixed") as batch:
+        together = answer(bank, net, batch, x)
+    for place, tag in enumerate(tags):
+        for method in ("merged", "base" if tag is None else {"flora": "flora-expand", "lora": "loop-lora"}[MIXED[tag][0].family]):
+            with pinned_batch(bank, [tag], method) as alone:
+                assert_close(together[place : place + 1], answer(bank, net, alone, x[place : place + 1]))
+        if tag is not None and "bias" not in tag:
+            assert_close(together[place : place + 1], by_hand(net, x[place : place + 1], MIXED[tag][0]))
+
+
+def test_what_an_adapter_does_to_biases_is_done_and_undone(net):
+    """On a layer with a bias and on one without, in half precision too; and the slot's next adapter has the layer's own."""
+    net.second.bias = None
+    bank = make_bank(net, dtype=torch.bfloat16, num_slots=1)
+    own = {"first": net.first.base.bias, "second": torch.zeros(SHAPES["second"][1])}
+    bank.add("adds", [biased("lora", 0)])
+    bank.add("scales", [biased("flora", 1)])
+    bank.add("plain", [adapter("lora", 1, 2)])
+    for tag, method in (("adds", "bmm-lora"), ("scales", "flora"), ("plain", "bmm-lora"), ("adds", "merged")):
+        with pinned_batch(bank, [tag], method) as batch:
+            for layer in LAYERS:
+                bias = batch.plan(layer).bias
+                if tag == "plain" or (tag == "scales" and layer == "second"):
+                    assert bias is None
+                    continue
+                made = biased("lora", 0) if tag == "adds" else biased("flora", 1)
+                expected = own[layer] + made.added_biases[layer] if tag == "adds" else own[layer] * made.factors[layer][1].sum(0)
+                assert torch.equal(bias, expected.to(torch.bfloat16)), f"{tag}, {layer}"
+
+
+@pytest.mark.parametrize("change", ["shape", "layer", "value"])
+def test_a_bias_that_fits_no_layer_is_refused(bank, change):
+    wrong = {
+        "shape": {"first": torch.zeros(D)},
+        "layer": {"second": torch.zeros(D)},
+        "value": {"first": torch.full((D + 2,), torch.inf)},
+    }
+    made = replace(adapter("lora", 1, 0, ("first",)), added_biases=wrong[change])
+    message = {"value": "NaN or infinite weights on layer first"}.get(change, r"its bias of shape \(6,\) is not that of a layer")
+    with pytest.raises(AdapterError, match=message):
+        bank.add("new", [made])
+    assert bank.info == {}
 
 
 def test_weights_are_merged_with_one_adapter_at_a_time(bank):

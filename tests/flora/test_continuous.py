@@ -29,7 +29,7 @@ TIE = 1e-4
 STOPS = [0, *range(100, 116)]
 """So many stop tokens that answers of random weights do stop."""
 
-METHODS = ("flora", "flora", "bmm-lora", "bmm-lora", "merged", "base")
+METHODS = ("flora", "flora", "bmm-lora", "bmm-lora", "mixed", "merged", "base")
 NUM_TAGS = 8
 
 
@@ -197,7 +197,7 @@ class Crowd:
 @pytest.mark.parametrize(("name", "count"), [("code", 520), ("speech", 520), ("llama", 120)])
 def test_every_answer_is_that_of_its_request_alone(name, count, checkpoints, clips, tmp_path):
     made, is_speech = checkpoints[name], name == "speech"
-    folder = tiny_models.copy_with_generation_options(made.model, tmp_path / "model", eos_token_id=STOPS)
+    folder = tiny_models.copy_with_generation_options(made.model, tmp_path / "model" / name, eos_token_id=STOPS)
     plain = tiny_models.load_plain(folder)
     flora = [made.adapters[tag]["flora"] for tag in made.adapters] + [
         tiny_models.save_flora_adapter(tmp_path / str(rank), plain, made.layers, rank, seed=40 + rank) for rank in (2, 5)
@@ -276,7 +276,7 @@ def _answers(crowd: Crowd, adapters: Adapters) -> tuple[dict[tuple[Path | None, 
         if times.admitted_s is None:
             assert (completion.finish_reason, completion.token_ids) == ("cancelled", [])
             continue
-        family = "flora" if method == "merged" else ops.FAMILY[method]
+        family = "flora" if method in ("merged", "mixed") else ops.FAMILY[method]
         if request.adapter is None or family is None:
             candidates = (None,)
         else:

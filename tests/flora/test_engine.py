@@ -95,7 +95,7 @@ def token_ids(engine: Engine, requests: list[Request], method: str, **options) -
 @pytest.mark.parametrize("method", ops.METHODS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tokens_are_those_of_each_request_alone_with_merged_weights(name, method, tiny_engines, requests_of, alone):
-    family = "flora" if method == "merged" else ops.FAMILY[method]
+    family = "flora" if method in ("merged", "mixed") else ops.FAMILY[method]
     requests = requests_of(name)
     expected = [alone(name, request, family) for request in requests]
     assert token_ids(tiny_engines[name], requests, method) == expected
@@ -241,7 +241,7 @@ def test_the_stop_token_ends_an_answer_and_is_left_out(checkpoints, tmp_path):
     request = Request("for i in range(", adapter="cc", max_new_tokens=20, ignore_eos=True)
     (free,) = token_ids(probe, [request], "flora")
     at = next(place for place in range(4, 20) if free[place] not in free[:place])  # a token that comes here for the first time
-    folder = tiny_models.copy_with_generation_options(checkpoints["code"].model, tmp_path / "stops", eos_token_id=[0, free[at]])
+    folder = tiny_models.copy_with_generation_options(checkpoints["code"].model, tmp_path / "code", eos_token_id=[0, free[at]])
     engine = Engine.from_pretrained(folder, checkpoints["code"].sources("cc"), device="cpu")
     go_on, stop = engine.generate([request, Request("for i in range(", adapter="cc", max_new_tokens=20)])
     assert (stop.token_ids, stop.finish_reason) == (free[:at], "stop")

@@ -6,9 +6,11 @@ import json
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import tiny_models
 import torch
@@ -229,6 +231,146 @@ def test_ia3_that_replaces_whole_modules(ia3_models, tmp_path):
     assert_refused(tmp_path / "my-ia3", r"replaces whole modules \(modules_to_save=\['ln_f'\]\)")
 
 
+# ------------------------------------------------------------------------------------------- LoRA with a bias, and HiRA
+
+
+def save_biased_lora(folder: Path, model_folder: Path, layers: tuple[str, ...], rank: int = 2, **options) -> Path:
+    with warnings.catch_warnings():  # PEFT takes a bias for a matrix that was cut
+        warnings.filterwarnings("ignore", message=".*invalid shape")
+        return tiny_models.save_peft_lora(folder, model_folder, layers, rank=rank, seed=3, lora_bias=True, **options)
+
+
+@pytest.fixture
+def biased_lora(checkpoints, tmp_path) -> Path:
+    return save_biased_lora(tmp_path / "my-lora", checkpoints["code"].model, ("c_fc",))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"c_fc": 7}}], ids=str)
+def test_a_lora_bias_is_scaled_as_b_is(options, checkpoints, tmp_path):
+    folder = save_biased_lora(tmp_path / "lora", checkpoints["code"].model, ("c_fc",), **options)
+    adapter, stored = read_adapter(folder), load_file(folder / WEIGHTS_FILE)
+    scale = {"use_rslora": 4 / 2**0.5, "alpha_pattern": 7 / 2}.get(next(iter(options), ""), 2.0)
+    for layer, bias in adapter.added_biases.items():
+        key = f"base_model.model.{layer}.lora_B"
+        assert torch.allclose(bias, scale * stored[f"{key}.bias"]) and bias.abs().max() > 0.1
+        assert torch.allclose(adapter.factors[layer][1], scale * stored[f"{key}.weight"].T)
+    assert adapter.added_biases.keys() == adapter.factors.keys()
+    assert adapter.num_parameters == sum(tensor.numel() for tensor in stored.values())
+
+
+@pytest.mark.parametrize("change", ["missing", "wide", "matrix", "alone", "unpromised"])
+def test_a_lora_bias_that_does_not_fit_is_refused(biased_lora, change):
+    key = f"base_model.model.{LAYER}.lora_B.bias"
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        bias = tensors.pop(key)
+        if change == "alone":
+            tensors["base_model.model.transformer.h.7.mlp.c_fc.lora_B.bias"] = bias.clone()
+        if change != "missing":
+            tensors[key] = {"wide": torch.cat([bias, bias]), "matrix": bias[None]}.get(change, bias)
+
+    change_tensors(biased_lora, spoil)
+    if change == "unpromised":
+        set_config(biased_lora, lora_bias=False)
+    message = {
+        "missing": rf"layer {LAYER} has no bias, and lora_bias promises one of shape \(80,\)",
+        "wide": rf"layer {LAYER} has a bias of shape \(160,\)",
+        "matrix": rf"layer {LAYER} has a bias of shape \(1, 80\)",
+        "alone": r"layer transformer\.h\.7\.mlp\.c_fc has a bias and no factors",
+        "unpromised": r"tensor .*lora_B\.bias is of no supported kind",
+    }[change]
+    assert_refused(biased_lora, message)
+
+
+def test_hira_is_flora_with_one_more_component_of_ones(hira_folder):
+    adapter, stored = read_adapter(hira_folder), load_file(hira_folder / WEIGHTS_FILE)
+    assert (adapter.family, adapter.peft_type, adapter.rank) == ("flora", "HIRA", 4)
+    for layer, (A, B) in adapter.factors.items():
+        key = f"base_model.model.{layer}.hira_"
+        modulation = 1 + stored[f"{key}B"] @ stored[f"{key}A"]  # (d_out, d_in)
+        assert torch.allclose(B.T @ A, modulation, atol=1e-6) and A.shape[0] == B.shape[0] == 4
+        assert A[0].eq(1).all() and B[0].eq(1).all()
+    assert not adapter.scaled_biases and not adapter.added_biases
+
+
+@pytest.fixture(scope="module")
+def hira_folder(checkpoints, tmp_path_factory) -> Path:
+    if not hasattr(peft, "HiraConfig"):
+        pytest.skip("HiRA came with PEFT 0.20")
+    folder = tmp_path_factory.mktemp("hira") / "my-hira"
+    config = peft.HiraConfig(r=3, target_modules=["c_fc"], init_weights=False)
+    get_peft_model(tiny_models.load_plain(checkpoints["code"].model), config).save_pretrained(folder)
+    return folder
+
+
+def test_only_the_authors_layout_holds_several(hira_folder):
+    assert_refused(Path(f"{hira_folder}#1"), "my-hira holds one adapter: leave #1 out")
+
+
+# --------------------------------------------------------------------------------------------------- the authors' layout
+
+
+def save_authors(folder: Path, rank: int, count: int, **config) -> dict[str, torch.Tensor]:
+    """A checkpoint as trishullab/flora saves it, on two layers of the tiny GPTBigCode: layer → (r, adapters, d) of both sides."""
+    generator = torch.Generator().manual_seed(rank + count)
+    tensors, sides = {}, {}
+    for layer, widths in (("transformer.h.0.attn.c_attn", (48, 72)), (LAYER, (48, 80))):
+        for name, width in zip(("be_alpha", "be_gamma"), widths, strict=True):
+            side = 1 + 0.3 * torch.randn(rank, count, width, generator=generator)
+            sides[f"{layer}.{name}"] = side
+            tensors[f"base_model.model.{layer}.{name}.weight"] = (side[0] if rank == 1 else side).contiguous()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / WEIGHTS_FILE)
+    about = {"peft_type": "FLora", "r": rank, "num_heads": count, "bias": "none", "base_model_name_or_path": "bigcode/code"}
+    (folder / CONFIG_FILE).write_text(json.dumps(about | config))
+    return sides
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_authors_layout_is_the_mean_over_its_components(rank, count, checkpoints, tmp_path):
+    sides = save_authors(tmp_path / "theirs", rank, count)
+    engine, name = checkpoints["code"].engine(), "code"
+    base = logits(tiny_models.load_plain(checkpoints["code"].model), name)
+    for index in range(count):
+        source = tmp_path / "theirs" if count == 1 else f"{tmp_path / 'theirs'}#{index}"
+        info = engine.add_adapter(f"theirs-{index}", source)
+        assert (info.families, info.ranks, info.layers) == (("flora",), {"flora": rank}, {"flora": 2})
+        model = tiny_models.load_plain(checkpoints["code"].model)
+        with torch.no_grad():
+            for layer in ("transformer.h.0.attn.c_attn", LAYER):
+                alpha, gamma = (sides[f"{layer}.{side}"][:, index] for side in ("be_alpha", "be_gamma"))
+                model.get_submodule(layer).weight *= torch.einsum("ko,ki->oi", gamma, alpha) / rank
+        for method in ("flora", "mixed", "merged"):
+            assert_same_logits(served_logits(engine, name, f"theirs-{index}", method), logits(model, name), base)
+
+
+def test_the_authors_layout_is_read_strictly(tmp_path):
+    def refused(message: str, which: str = "", change: Callable | None = None, rank: int = 2, count: int = 3, **config) -> None:
+        shutil.rmtree(tmp_path / "theirs", ignore_errors=True)
+        save_authors(tmp_path / "theirs", rank, count, **config)
+        if change is not None:
+            change_tensors(tmp_path / "theirs", change)
+        assert_refused(Path(f"{tmp_path / 'theirs'}{which}"), message)
+
+    key = f"base_model.model.{LAYER}.be_gamma.weight"
+    refused(r"theirs holds 3 adapters: name one of .*theirs#0 to .*theirs#2")
+    refused("theirs holds 3 adapters, counted from 0, and no #3", "#3")
+    refused("theirs holds 1 adapters, counted from 0, and no #1", "#1", count=1)
+    refused("trains the base model's biases", "#0", bias="be_only")
+    refused("replaces whole modules", "#0", modules_to_save=["lm_head"])
+    refused(f"layer {LAYER} lacks its B side", "#0", lambda tensors: tensors.pop(key))
+    refused(f"layer {LAYER} has rank 2 on its A side and 3", "#0", lambda tensors: tensors.update({key: torch.ones(3, 3, 80)}))
+    refused(f"layer {LAYER} has 3 adapters on its A side and 2", "#0", lambda tensors: tensors.update({key: torch.ones(2, 2, 80)}))
+    refused("factors of 3 and 1 dimensions, not 2 or 3", "#0", lambda tensors: tensors.update({key: torch.ones(80)}))
+    refused("is of no supported kind", "#0", lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(3)}))
+
+
+def test_a_folder_whose_name_ends_as_an_index_is_that_folder(checkpoints, tmp_path):
+    folder = Path(shutil.copytree(checkpoints["code"].adapters["aa"]["flora"], tmp_path / "version#2"))
+    assert read_adapter(folder).rank == 1
+
+
 # ------------------------------------------------------------------------------------------------------ our own format
 
 
@@ -271,11 +413,49 @@ def test_flora_is_served_as_its_merged_weights(name, tag, checkpoints, tiny_engi
 # ------------------------------------------------------------------------------------------------------ broken folders
 
 
+LAYER = "transformer.h.1.mlp.c_fc"
+FACTORS = {
+    "lora": ("lora_A.weight", "lora_B.weight"),
+    "flora": ("flora_A", "flora_B"),
+    "hira": ("hira_A", "hira_B"),
+    "ia3": ("ia3_l", "ia3_l"),
+    "authors": ("be_alpha.weight", "be_gamma.weight"),
+}
+KEY = {
+    kind: {side: f"base_model.model.{LAYER}.{factor}" for side, factor in zip("AB", sides, strict=True)}
+    for kind, sides in FACTORS.items()
+}
+
+
 @pytest.fixture
-def folders(checkpoints, tmp_path) -> dict[str, Path]:
+def folder_of(checkpoints, tmp_path, request) -> Callable[[str], Path]:
+    """A copy, to be broken, of a good checkpoint of a kind."""
+
+    def copy(kind: str) -> Path:
+        folder = tmp_path / f"my-{kind}"
+        if kind == "ia3":
+            request.getfixturevalue("ia3_folder")
+        elif kind == "authors":
+            save_authors(folder, rank=2, count=1)
+        elif kind == "hira":
+            shutil.copytree(request.getfixturevalue("hira_folder"), folder)
+        else:
+            made = checkpoints["code"].adapters
+            shutil.copytree({"lora": made["aa"]["lora"], "flora": made["bb"]["flora"]}[kind], folder)
+        return folder
+
+    return copy
+
+
+@pytest.fixture
+def folder(kind, folder_of) -> Path:
+    return folder_of(kind)
+
+
+@pytest.fixture
+def folders(folder_of) -> dict[str, Path]:
     """Copies of a good LoRA (rank 8) and a good fLoRA (rank 3) checkpoint, to be broken."""
-    good = {"lora": checkpoints["code"].adapters["aa"]["lora"], "flora": checkpoints["code"].adapters["bb"]["flora"]}
-    return {family: Path(shutil.copytree(source, tmp_path / f"my-{family}")) for family, source in good.items()}
+    return {family: folder_of(family) for family in ("lora", "flora")}
 
 
 def assert_refused(folder: Path, message: str) -> None:
@@ -283,7 +463,7 @@ def assert_refused(folder: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         read_adapter(folder)
     said = str(caught.value)
-    assert folder.name in said and "\n" not in said
+    assert folder.name.partition("#")[0] in said and "\n" not in said
     assert str(folder) not in said and str(folder.parent) not in said, f"tells a path: {said}"
 
 
@@ -298,122 +478,120 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
     save_file(tensors, folder / WEIGHTS_FILE)
 
 
-LAYER = "transformer.h.1.mlp.c_fc"
-KEY = {
-    "lora": {side: f"base_model.model.{LAYER}.lora_{side}.weight" for side in "AB"},
-    "flora": {side: f"base_model.model.{LAYER}.flora_{side}" for side in "AB"},
-}
+@pytest.mark.parametrize("kind", FACTORS)
+def test_the_copies_are_good(kind, folder_of):
+    adapter = read_adapter(folder_of(kind))
+    assert adapter.family == ("lora" if kind == "lora" else "flora") and LAYER in adapter.factors
 
 
-def test_the_copies_are_good(folders):
-    for family, folder in folders.items():
-        adapter = read_adapter(folder)
-        assert adapter.family == family and LAYER in adapter.factors
-
-
-@pytest.mark.parametrize("family", ["lora", "flora"])
+@pytest.mark.parametrize("kind", FACTORS)
 class TestBrokenFiles:
-    def test_no_such_folder(self, family, tmp_path):
+    def test_no_such_folder(self, kind, tmp_path):
         assert_refused(tmp_path / "nowhere", "there is no such folder")
 
-    def test_an_over_long_name(self, family):
+    def test_an_over_long_name(self, kind):
         with pytest.raises(CheckpointError, match="there is no such folder"):
             read_adapter("x" * 5000)
 
-    def test_a_file_instead_of_a_folder(self, family, folders):
-        assert_refused(folders[family] / CONFIG_FILE, "is a file; give the folder")
+    def test_a_file_instead_of_a_folder(self, kind, folder):
+        assert_refused(folder / CONFIG_FILE, "is a file; give the folder")
 
-    def test_no_config(self, family, folders):
-        (folders[family] / CONFIG_FILE).unlink()
-        assert_refused(folders[family], "adapter_config.json is missing")
+    def test_no_config(self, kind, folder):
+        (folder / CONFIG_FILE).unlink()
+        assert_refused(folder, "adapter_config.json is missing")
 
     @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\xfa", b"[" * 100_000], ids=["cut", "empty", "not text", "nested"])
-    def test_broken_json(self, family, folders, content):
-        (folders[family] / CONFIG_FILE).write_bytes(content)
-        assert_refused(folders[family], "adapter_config.json is not valid JSON")
+    def test_broken_json(self, kind, folder, content):
+        (folder / CONFIG_FILE).write_bytes(content)
+        assert_refused(folder, "adapter_config.json is not valid JSON")
 
     @pytest.mark.parametrize("content", ["[]", "3", "null", '"LORA"'])
-    def test_json_that_is_no_object(self, family, folders, content):
-        (folders[family] / CONFIG_FILE).write_text(content)
-        assert_refused(folders[family], "not a JSON object")
+    def test_json_that_is_no_object(self, kind, folder, content):
+        (folder / CONFIG_FILE).write_text(content)
+        assert_refused(folder, "not a JSON object")
 
-    def test_no_peft_type(self, family, folders):
-        set_config(folders[family], peft_type=None)
-        assert_refused(folders[family], "has no peft_type")
+    def test_no_peft_type(self, kind, folder):
+        set_config(folder, peft_type=None)
+        assert_refused(folder, "has no peft_type")
 
-    @pytest.mark.parametrize("peft_type", ["OFT", "PREFIX_TUNING", "lora", 5, ["LORA"]])
-    def test_an_unsupported_type(self, family, folders, peft_type):
-        set_config(folders[family], peft_type=peft_type)
-        assert_refused(folders[family], r"PEFT type .* is not supported; supported are .*LORA.*FLORA")
+    @pytest.mark.parametrize(
+        "peft_type", ["OFT", "PREFIX_TUNING", "LOHA", "ADALORA", "VERA", "lora", "flora", 5, ["LORA"], "X" * 500, "a\nb"]
+    )
+    def test_an_unsupported_type(self, kind, folder, peft_type):
+        set_config(folder, peft_type=peft_type)
+        assert_refused(folder, r"PEFT type .* cannot be served per row; LoRA, IA3, HiRA and fLoRA can")
 
-    def test_no_weights(self, family, folders):
-        (folders[family] / WEIGHTS_FILE).unlink()
-        assert_refused(folders[family], "adapter_model.safetensors is missing")
+    def test_no_weights(self, kind, folder):
+        (folder / WEIGHTS_FILE).unlink()
+        assert_refused(folder, "adapter_model.safetensors is missing")
 
     @pytest.mark.parametrize("size", [0, 4, 200, -8])
-    def test_truncated_weights(self, family, folders, size):
-        path = folders[family] / WEIGHTS_FILE
+    def test_truncated_weights(self, kind, folder, size):
+        path = folder / WEIGHTS_FILE
         path.write_bytes(path.read_bytes()[:size])
-        assert_refused(folders[family], "truncated or not a safetensors file")
+        assert_refused(folder, "truncated or not a safetensors file")
 
-    def test_no_tensors(self, family, folders):
-        change_tensors(folders[family], lambda tensors: tensors.clear())
-        assert_refused(folders[family], "holds no adapter weights")
-
-    @pytest.mark.parametrize("side", ["A", "B"])
-    def test_a_missing_side(self, family, folders, side):
-        change_tensors(folders[family], lambda tensors: tensors.pop(KEY[family][side]))
-        assert_refused(folders[family], f"layer {LAYER} lacks its {side} side")
-
-    @pytest.mark.parametrize("side", ["A", "B"])
-    def test_sides_of_different_rank(self, family, folders, side):
-        def cut(tensors: dict[str, torch.Tensor]) -> None:
-            key = KEY[family][side]
-            columns = family == "lora" and side == "B"
-            tensors[key] = (tensors[key][:, :-1] if columns else tensors[key][:-1]).contiguous()
-
-        change_tensors(folders[family], cut)
-        assert_refused(folders[family], f"layer {LAYER} has rank . on its A side and . on its B side")
-
-    def test_rank_0(self, family, folders):
-        def empty(tensors: dict[str, torch.Tensor]) -> None:
-            for side, key in KEY[family].items():
-                tensors[key] = (tensors[key][:, :0] if family == "lora" and side == "B" else tensors[key][:0]).contiguous()
-
-        change_tensors(folders[family], empty)
-        assert_refused(folders[family], f"layer {LAYER} has rank 0")
-
-    @pytest.mark.parametrize("shape", [(8,), (2, 2, 2), ()], ids=str)
-    def test_factors_that_are_no_matrices(self, family, folders, shape):
-        change_tensors(folders[family], lambda tensors: tensors.update({KEY[family]["A"]: torch.zeros(shape)}))
-        assert_refused(folders[family], f"layer {LAYER} has factors of {len(shape)} and 2 dimensions")
+    def test_no_tensors(self, kind, folder):
+        change_tensors(folder, lambda tensors: tensors.clear())
+        assert_refused(folder, "holds no adapter weights")
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-    def test_weights_that_are_not_finite(self, family, folders, value):
+    def test_weights_that_are_not_finite(self, kind, folder, value):
         def spoil(tensors: dict[str, torch.Tensor]) -> None:
-            tensors[KEY[family]["B"]][0, 0] = value
+            tensors[KEY[kind]["B"]][0, 0] = value
 
-        change_tensors(folders[family], spoil)
-        assert_refused(folders[family], rf"tensor .*{LAYER}.* has NaN or infinite weights")
+        change_tensors(folder, spoil)
+        assert_refused(folder, rf"tensor .*{LAYER}.* has NaN or infinite weights")
 
-    def test_weights_too_large_for_single_precision(self, family, folders):
-        key = KEY[family]["A"]
-        change_tensors(folders[family], lambda tensors: tensors.update({key: tensors[key].double() * 1e300}))
-        assert_refused(folders[family], rf"tensor .*{LAYER}.* has NaN or infinite weights")
+    def test_weights_too_large_for_single_precision(self, kind, folder):
+        key = KEY[kind]["A"]
+        change_tensors(folder, lambda tensors: tensors.update({key: tensors[key].double() * 1e300}))
+        assert_refused(folder, rf"tensor .*{LAYER}.* has NaN or infinite weights")
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
-    def test_integer_weights(self, family, folders, dtype):
-        key = KEY[family]["A"]
-        change_tensors(folders[family], lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
-        assert_refused(folders[family], f"tensor {key} is {dtype}, not floating point")
+    def test_integer_weights(self, kind, folder, dtype):
+        key = KEY[kind]["A"]
+        change_tensors(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+        assert_refused(folder, f"tensor {key} is {dtype}, not floating point")
 
     @pytest.mark.parametrize(
         "key",
         ["base_model.model.lm_head.weight", "base_model.model.transformer.wte.lora_embedding_A", f"base_model.model.{LAYER}.bias"],
     )
-    def test_tensors_of_another_kind(self, family, folders, key):
-        change_tensors(folders[family], lambda tensors: tensors.update({key: torch.zeros(3, 4)}))
-        assert_refused(folders[family], f"tensor {key} is of no supported kind")
+    def test_tensors_of_another_kind(self, kind, folder, key):
+        change_tensors(folder, lambda tensors: tensors.update({key: torch.zeros(3, 4)}))
+        assert_refused(folder, f"tensor {key} is of no supported kind")
+
+
+@pytest.mark.parametrize("kind", ["lora", "flora", "hira"])
+class TestBrokenSides:
+    @pytest.mark.parametrize("side", ["A", "B"])
+    def test_a_missing_side(self, kind, folder, side):
+        change_tensors(folder, lambda tensors: tensors.pop(KEY[kind][side]))
+        assert_refused(folder, f"layer {LAYER} lacks its {side} side")
+
+    @pytest.mark.parametrize("side", ["A", "B"])
+    def test_sides_of_different_rank(self, kind, folder, side):
+        def cut(tensors: dict[str, torch.Tensor]) -> None:
+            key = KEY[kind][side]
+            columns = kind != "flora" and side == "B"
+            tensors[key] = (tensors[key][:, :-1] if columns else tensors[key][:-1]).contiguous()
+
+        change_tensors(folder, cut)
+        assert_refused(folder, f"layer {LAYER} has rank . on its A side and . on its B side")
+
+    def test_rank_0(self, kind, folder):
+        def empty(tensors: dict[str, torch.Tensor]) -> None:
+            for side, key in KEY[kind].items():
+                tensors[key] = (tensors[key][:, :0] if kind != "flora" and side == "B" else tensors[key][:0]).contiguous()
+
+        change_tensors(folder, empty)
+        assert_refused(folder, f"layer {LAYER} has rank 0")
+
+    @pytest.mark.parametrize("shape", [(8,), (2, 2, 2), ()], ids=str)
+    def test_factors_that_are_no_matrices(self, kind, folder, shape):
+        change_tensors(folder, lambda tensors: tensors.update({KEY[kind]["A"]: torch.zeros(shape)}))
+        assert_refused(folder, f"layer {LAYER} has factors of {len(shape)} and 2 dimensions")
 
 
 @pytest.mark.parametrize("combine", [None, "max", 2, ["sum"]])
@@ -425,9 +603,8 @@ def test_flora_that_does_not_say_how_components_combine(folders, combine):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"use_dora": True}, "uses DoRA"),
+        ({"use_dora": True}, "uses DoRA.*LoRA, IA3, HiRA and fLoRA can"),
         ({"use_qalora": True}, "uses QALoRA"),
-        ({"lora_bias": True}, "uses a LoRA bias"),
         ({"alora_invocation_tokens": [1, 2]}, "uses aLoRA"),
         ({"use_bdlora": {"nblocks": 2}}, "uses block-diagonal LoRA"),
         ({"kasa_config": {"beta": 1.0}}, "uses KaSA"),

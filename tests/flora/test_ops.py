@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from copy import copy
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -448,9 +448,51 @@ def test_routing_covers_every_row_once(slots, ranks):
     assert list(zip(routing.expanded_row.tolist(), routing.expanded_component.tolist(), strict=True)) == copies
 
 
+def mixed_problem(size, dtype, adds):
+    """A problem whose rows marked in `adds` are of the lora family: what `mixed` needs, its truth and the size of its terms."""
+    problem, truths = problem_and_truths(*size, dtype)
+    multiplied, added = (
+        ops.route([slot if one is wanted else 0 for slot, one in zip(problem.slots.tolist(), adds, strict=True)], RANKS, RANK)
+        for wanted in (False, True)
+    )
+    chosen = torch.tensor(adds)[:, None, None]
+    truth, scale = (torch.where(chosen, truths["lora", True][i], truths["flora", True][i]) for i in (0, 1))
+    return problem, multiplied, ops.AddedRows(problem.A, problem.B, added), truth, scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 129, 129), (3, 5, 129, 2049), (7, 1, 2049, 129), (33, 5, 129, 1)], ids=str)
+def test_rows_of_both_families_share_one_product_with_the_weight(size, dtype, monkeypatch):
+    products = []
+
+    def counted(x, weight, bias=None):
+        products.append(x.shape)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(ops, "linear", counted)
+    rows = range(size[0])
+    for adds in ([row % 2 == 0 for row in rows], [row % 3 != 0 for row in rows], [True for _ in rows], [False for _ in rows]):
+        problem, routing, added, truth, scale = mixed_problem(size, dtype, adds)
+        products.clear()
+        y = ops.mixed(problem.x, problem.weight, problem.A, problem.B, routing.slots, problem.bias, routing, added)
+        assert_close(y, truth, scale, dtype, f"mixed, {sum(adds)} of {len(adds)} rows add")
+        assert len(products) == 1
+        product = partial(counted, weight=problem.weight)
+        around = ops.mixed_around(product, problem.x, problem.A, problem.B, routing, problem.bias, added)
+        assert_close(around, truth, scale, dtype, "mixed around a layer")
+        assert len(products) == 2
+
+
+def test_mixed_without_rows_that_add_is_expand():
+    problem, _ = problem_and_truths(7, 5, 129, 129, torch.float32)
+    arguments = (problem.x, problem.weight, problem.A, problem.B, problem.slots, problem.bias, problem.routing)
+    assert torch.equal(ops.mixed(*arguments), ops.flora_expand(*arguments))
+
+
 def test_methods_and_functions_go_by_the_same_names():
-    assert ops.METHODS == ("flora", "flora-expand", "flora-modulate", "bmm-lora", "loop-lora", "merged", "base")
+    assert ops.METHODS == ("flora", "flora-expand", "flora-modulate", "bmm-lora", "loop-lora", "mixed", "merged", "base")
     for method, family in ops.FAMILY.items():
         if family is not None:
             assert ops.function_of(method) is getattr(ops, method.replace("-", "_"))
             assert ops.function_of(method) in FORMS[family]
+    assert ops.function_of("mixed") is ops.mixed and ops.around_function_of("mixed") is ops.mixed_around

@@ -33,7 +33,7 @@ def luminance(colour):
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
 
-@pytest.mark.parametrize("method", ["flora", "bmm-lora", "flora-modulate", "base"])
+@pytest.mark.parametrize("method", ["flora", "bmm-lora", "flora-modulate", "mixed", "base"])
 def test_the_main_colours_read_on_white_and_on_black(method):
     own = luminance(figures.METHOD_STYLES[method].colour)
     for page in ("#ffffff", "#14171a"):
