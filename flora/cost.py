@@ -21,6 +21,9 @@ replaced by a measurement."""
 
 MODULATE_PASSES = 5
 
+KERNEL_TILE = 16
+"""Tokens, and components, of the smallest product that tensor cores take: what the kernels round up to."""
+
 MODULATED_TOKENS = 256
 """Tokens that share one modulated tile of the weight in the kernel, at most."""
 
@@ -50,10 +53,6 @@ def cheaper_form(tokens_and_ranks: Iterable[tuple[int, int]], element_size: int,
         expand += max(1, rank) * tokens
         modulate += tokens if rank == 0 else rank + tokens + MODULATE_PASSES * element_size * balance
     return "flora-modulate" if modulate < expand else "flora-expand"
-
-
-KERNEL_TILE = 16
-"""Tokens and components come in tiles of this many, at least, where tensor cores multiply."""
 
 
 def cheaper_kernel(tokens_and_ranks: Iterable[tuple[int, int]]) -> str:

@@ -102,10 +102,11 @@ class Routing:
     row_slots: tuple[int, ...]  # `slots`, on the host
     row_ranks: tuple[int, ...]  # of each row, on the host
     rank_stride: int  # the r of A and B (slots, r, d) as stored
+    max_rank: int  # of the rows
     order: Tensor  # (n,) int64, the rows segment by segment
     numbers: Tensor  # int64, every tensor above, end to end: they are parts of it
     _forms: dict[tuple[int, int, str], str] = field(default_factory=dict, repr=False, compare=False)
-    _tiles: dict[tuple[int, ...], ExpandedTiles | SegmentTiles | None] = field(default_factory=dict, repr=False, compare=False)
+    _tiles: dict[tuple, ExpandedTiles | SegmentTiles | None] = field(default_factory=dict, repr=False, compare=False)
     _kept: dict[tuple[str, int], Tensor] | None = field(default=None, repr=False, compare=False)
 
     def cheaper_form(self, length: int, element_size: int, device_type: str) -> str:
@@ -129,8 +130,8 @@ class Routing:
             self._tiles[()] = expanded_tiles(self.row_slots, self.row_ranks, self.rank_stride, self.slots.device)
         return self._tiles[()]
 
-    def segment_tiles(self, length: int, num_tokens: int) -> SegmentTiles:
-        """Every segment of rows of `length` tokens, cut in tiles of at most `num_tokens`."""
+    def segment_tiles(self, length: int, num_tokens: int | None) -> SegmentTiles:
+        """Every segment of rows of `length` tokens, cut in tiles of `num_tokens`; None: of what is cheapest to modulate."""
         key = (length, num_tokens)
         if key not in self._tiles:
             self._tiles[key] = segment_tiles(self.row_slots, self.row_ranks, length, num_tokens, self.slots.device)
@@ -222,6 +223,7 @@ def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: 
         row_slots=tuple(slots),
         row_ranks=tuple([ranks[slot] for slot in slots]),
         rank_stride=rank_stride,
+        max_rank=max(by_rank, default=0),
         order=order,
         numbers=numbers,
     )
@@ -435,7 +437,7 @@ def sgmv_lora_around(
 def sgmv_lora(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, slots: Tensor, bias: Tensor | None = None, routing: Routing | None = None
 ) -> Tensor:
-    """Segment by segment (Chen et al., Punica, MLSys 2024): rows are put in adapter order once, and no adapter's factors are copied.
+    """Segment by segment (Punica, Chen et al., MLSys 2024): rows are put in adapter order once, no adapter's factors are copied.
 
     The plain form of what `flora.kernels` does in two launches.
     """

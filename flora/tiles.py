@@ -6,14 +6,15 @@ another batch of the same shape by copying that batch's `numbers` over those it 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SMALLEST_TILE = 16
-"""Rows of the smallest product that tensor cores take."""
+from flora.cost import KERNEL_TILE as SMALLEST_TILE
+from flora.cost import MODULATED_TOKENS
 
 MAX_PLACES = 128
 """Components in a tile of `ExpandedTiles`, and so the largest rank that has tiles."""
@@ -105,9 +106,15 @@ class SegmentTiles:
 
 
 def segment_tiles(
-    slots: Sequence[int], ranks: Sequence[int], length: int, num_tokens: int, device: torch.device | str
+    slots: Sequence[int], ranks: Sequence[int], length: int, num_tokens: int | None, device: torch.device | str
 ) -> SegmentTiles:
-    """Cut a batch into tiles. slots, ranks: of each row; length: tokens of each row; num_tokens: of each tile, a power of two."""
+    """Cut a batch into tiles. slots, ranks: of each row; length: tokens of each row.
+
+    num_tokens: of each tile, a power of two; None: as many as make the modulated product cheapest.
+    """
+    rank_tile = max(SMALLEST_TILE, power_of_two(max(ranks)))
+    if num_tokens is None:
+        num_tokens = cheapest_tile([length * rows for rows in Counter(slots).values()], rank_tile)
     order = sorted(range(len(slots)), key=slots.__getitem__)
     tiles: list[tuple[int, int, int, int]] = []  # slot, rank, first, count
     start = 0
@@ -120,8 +127,16 @@ def segment_tiles(
         tiles += [(0, 0, 0, 0)] * (power_of_two(len(tiles)) - len(tiles))
     columns = [list(column) for column in zip(*tiles, strict=True)]
     numbers, (in_order, slot, rank, first, count) = _on_device([order, *columns], device)
-    rank_tile = max(SMALLEST_TILE, power_of_two(max(ranks)))
     return SegmentTiles(len(tiles), num_tokens, rank_tile, numbers, in_order, slot, rank, first, count)
+
+
+def cheapest_tile(tokens: Sequence[int], rank_tile: int) -> int:
+    """The tile, in tokens, with the fewest multiply-adds for adapters with so many tokens each, modulating included.
+
+    A tile is computed whole, however few of its places are used, and forms its modulated weight anew.
+    """
+    sizes = [SMALLEST_TILE << k for k in range((MODULATED_TOKENS // SMALLEST_TILE).bit_length())]
+    return min(sizes, key=lambda size: sum(-(-number // size) for number in tokens) * (size + rank_tile))
 
 
 def _on_device(lists: Sequence[list[int]], device: torch.device | str) -> tuple[Tensor, tuple[Tensor, ...]]:

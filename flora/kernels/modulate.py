@@ -15,14 +15,11 @@ Multiply-adds: (T + R) · d_in · d_out for each tile of tokens: beside the prod
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flora.cost import MODULATED_TOKENS
 from flora.kernels.launch import Config, check_product, product_dtype
-from flora.tiles import SMALLEST_TILE
 
 TILES_TOGETHER = 8
 """Tiles of outputs whose programs run together, token tile by token tile, so that both x and the weight are found in the cache."""
@@ -117,11 +114,6 @@ def _modulate_kernel(
         total += tl.load(bias + outputs, is_output, 0.0).to(tl.float32)[None, :]
     y_tile = y + (row * length + token % length)[:, None] * d_out + outputs[None, :]
     tl.store(y_tile, total.to(y.dtype.element_ty), is_used[:, None] & is_output[None, :])
-
-
-def tile_of_tokens(longest: int) -> int:
-    """Tokens of a tile where the adapter with most of them has `longest`: a power of two."""
-    return min(MODULATED_TOKENS, max(SMALLEST_TILE, triton.next_power_of_2(longest)))
 
 
 def config_for(num_tokens: int, rank_tile: int, element_size: int) -> Config:
