@@ -112,7 +112,9 @@ def rows(number: int) -> list[int]:
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize(
-    "n, d_in, d_out, split_k", [(1, 1, 1, 1), (3, 16, 257, 1), (7, 129, 33, 2), (16, 257, 16, 3), (33, 33, 129, 1)], ids=str
+    "n, d_in, d_out, split_k",
+    [(1, 1, 1, 1), (3, 16, 257, 1), (7, 129, 33, 2), (16, 257, 16, 3), (33, 33, 129, 1), (7, 128, 40, 2)],
+    ids=str,
 )
 def test_decode_with_ranks_mixed(n, d_in, d_out, split_k, kind, conv1d):
     problem = Problem(rows(n), 1, d_in, d_out, kind, conv1d=conv1d)
@@ -158,7 +160,7 @@ def test_factors_of_higher_precision_than_the_layer():
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize(
     "slots, l, d_in, d_out",
-    [([0], 1, 1, 1), (rows(7), 1, 129, 33), ([3, 0, 3, 8], 10, 33, 257), ([5, 2, 5, 0, 5], 8, 257, 16)],
+    [([0], 1, 1, 1), (rows(7), 1, 129, 33), ([3, 0, 3, 8], 10, 33, 257), ([5, 2, 5, 0, 5], 8, 128, 16)],
     ids=str,
 )
 def test_modulate_segments_of_1_to_40_tokens(slots, l, d_in, d_out, kind, conv1d):
@@ -178,7 +180,7 @@ def test_modulate_with_large_ranks_and_more_bands_than_one(num_tokens):
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "slots, l, d_in, d_out, split_k",
-    [([1], 1, 1, 1, 1), (rows(33), 1, 129, 33, 2), ([3, 0, 3, 8], 10, 33, 257, 1), ([5, 2, 5, 0, 5], 8, 257, 16, 3)],
+    [([1], 1, 1, 1, 1), (rows(33), 1, 129, 33, 2), ([3, 0, 3, 8], 10, 33, 257, 1), ([5, 2, 5, 0, 5], 8, 192, 16, 3)],
     ids=str,
 )
 def test_sgmv_segments_of_1_to_40_tokens(slots, l, d_in, d_out, split_k, kind):
