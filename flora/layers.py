@@ -118,12 +118,19 @@ class AdaptedLinear(nn.Module):
             return weight_of(self.base), None
         return int8_of(self.base)
 
-    def decode_reads(self, method: str, routing: ops.Routing) -> tuple[Hashable, Tensor]:
-        """What a decode step of this layer takes of a routing: a tensor with its numbers, and all that is not in that tensor."""
+    def decode_reads(self, method: str, routing: ops.Routing) -> tuple[Hashable, Tensor] | None:
+        """What a decode step of this layer takes of a routing: all that is not in its tensor, and the tensor with the rest.
+
+        None where a captured graph cannot be replayed for another batch: the layer's product may wait for the device, or the
+        method finds its factors by numbers of the host.
+        """
         form = self._kernel(method, 1, routing)
+        if self.is_black_box and form not in ("decode", "modulate"):
+            return None
         if form is not None:
             return backend.kernels_on(routing.slots.device.type).reads(form, routing)
-        return routing.layout(ops.FAMILY[method]), routing.numbers
+        layout = routing.layout(method)
+        return None if layout is None else (layout, routing.numbers)
 
     def merge(self, family: str, A: Tensor, B: Tensor) -> Tensor:
         """A new weight (d_out, d_in) with one adapter of `family` merged in: A (r, d_in), B (r, d_out)."""

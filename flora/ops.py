@@ -137,11 +137,13 @@ class Routing:
             self._tiles[key] = segment_tiles(self.row_slots, self.row_ranks, length, num_tokens, self.slots.device)
         return self._tiles[key]
 
-    def layout(self, family: str) -> Hashable:
-        """What a decode step in PyTorch's own products takes of this routing besides `numbers`, but for the segments' slots."""
+    def layout(self, method: str) -> Hashable | None:
+        """What `method` in PyTorch's own products takes of this routing besides `numbers`; None where slots are part of it."""
         groups = tuple((group.rank, group.slots.shape[0]) for group in self.rank_groups)
-        if family == "lora":
+        if method == "bmm-lora":
             return groups
+        if FAMILY[method] != "flora":
+            return None
         blocks = tuple((block.rank, block.slots.shape[0], block.rows is None) for block in self.blocks)
         return groups, blocks, self.uniform_rank, self.expanded_row.shape[0], self.restore is None
 

@@ -145,12 +145,13 @@ def modulate(
     """
     check_product(x, weight, scales, A, B, bias)
     (n, length, d_in), d_out = x.shape, weight.shape[0]
-    config = config or config_for(num_tokens, rank_tile, x.element_size())
-    bands = triton.cdiv(triton.cdiv(d_out, config.block_n), TILES_TOGETHER)
     y = x.new_empty(n, length, d_out)
     if not y.numel():
         return y
-    _modulate_kernel[(bands * TILES_TOGETHER * slot.shape[0],)](
+    config = config or config_for(num_tokens, rank_tile, x.element_size())
+    blocks = triton.cdiv(d_out, config.block_n)
+    together = min(TILES_TOGETHER, blocks)
+    _modulate_kernel[(triton.cdiv(blocks, together) * together * slot.shape[0],)](
         *(x, weight, scales, A, B, bias, y, order, slot, rank, first, count),
         *(slot.shape[0], length, d_in, d_out, A.shape[1]),
         *(x.stride(0), x.stride(1), *weight.stride()),
@@ -159,7 +160,7 @@ def modulate(
         IS_INT8=scales is not None,
         HAS_BIAS=bias is not None,
         EVEN=d_in % config.block_k == 0,
-        TOGETHER=TILES_TOGETHER,
+        TOGETHER=together,
         BLOCK_M=num_tokens,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
