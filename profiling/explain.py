@@ -39,4 +39,6 @@ def _work(result: ComparisonResult, method: str) -> str:
         return f"{label} sends one row per request through every layer and adds two small batched products of rank {rank}."
     if method == "loop-lora":
         return f"{label} sends one row per request through every layer and adds two small products for each adapter."
+    if method == "sgmv-lora":
+        return f"{label} sends one row per request through every layer and adds two products over its rows in adapter order."
     return f"{label} runs the whole model once for each of the {adapters} adapters, its weights merged."

@@ -133,8 +133,8 @@ def test_the_kernels_are_captured_and_take_other_batches_of_their_shape(method, 
     layers = {"mlp": AdaptedLinear(nn.Linear(16, 24).to(DEVICE), "mlp", ServingHolder())}
     A, B, x = (torch.randn(*shape, device=DEVICE) for shape in ((4, 3, 16), (4, 3, 24), (4, 1, 16)))
 
-    def serving(slots: list[int]) -> OneLayer:
-        return OneLayer(method, LayerPlan(A, B, ops.route(slots, [0, 1, 3, 3], 3, DEVICE)))
+    def serving(slots: list[int]) -> EachLayer:
+        return EachLayer(method, {"mlp": LayerPlan(A, B, ops.route(slots, [0, 1, 3, 3], 3, DEVICE))})
 
     with torch.inference_mode():
         static = StaticServing(serving([1, 0, 2, 3]), layers)
@@ -154,12 +154,12 @@ def test_the_kernels_are_captured_and_take_other_batches_of_their_shape(method, 
 
 
 @dataclass
-class OneLayer:
+class EachLayer:
     method: str
-    only: LayerPlan
+    plans: dict[str, LayerPlan]
 
     def plan(self, layer: str) -> LayerPlan:
-        return self.only
+        return self.plans[layer]
 
 
 # ----------------------------------------------------------------------------------------------------- nothing stale
@@ -199,6 +199,27 @@ class Steps:
 def test_first_it_runs_then_it_is_captured_then_replayed(recording):
     steps = Steps(recording()[0], ["aa", None])
     assert [steps.step() for _ in range(4)] == ["ran", "captured", "replayed", "replayed"]
+
+
+def test_more_positions_in_sight_are_another_shape(recording):
+    steps = Steps(recording()[0], ["aa", None])
+    steps.cache.reserve(2, 128)
+    for _ in range(3):
+        steps.step()
+    steps.position = 64
+    assert [steps.step() for _ in range(3)] == ["ran", "captured", "replayed"]
+
+
+def test_layers_that_differ_are_told_apart_however_alike_their_layouts():
+    """An adapter that leaves out one of two layers: each has numbers of its own then, and a graph must copy both."""
+    layers = {name: AdaptedLinear(nn.Linear(16, 24), name, ServingHolder()) for name in ("up", "down")}
+    A, B = torch.randn(3, 1, 16), torch.randn(3, 1, 24)
+    one, other = (LayerPlan(A, B, ops.route(slots, [0, 1, 1], 1)) for slots in ([1, 0], [0, 2]))
+    assert one.routing.layout("bmm-lora") == other.routing.layout("bmm-lora")
+    alike = needs_of(EachLayer("bmm-lora", {"up": one, "down": one}), layers)
+    different = needs_of(EachLayer("bmm-lora", {"up": one, "down": other}), layers)
+    assert alike.layout != different.layout
+    assert len(alike.numbers) == 1 and len(different.numbers) == 2
 
 
 def test_another_batch_of_the_same_layout_is_replayed(recording):
