@@ -21,6 +21,12 @@ replaced by a measurement."""
 
 MODULATE_PASSES = 5
 
+KERNEL_TILE = 16
+"""Tokens, and components, of the smallest product that tensor cores take: what the kernels round up to."""
+
+MODULATED_TOKENS = 256
+"""Tokens that share one modulated tile of the weight in the kernel, at most."""
+
 
 def multiply_adds(form: str, tokens: int, rank: int, d_in: int, d_out: int) -> int:
     """Multiply-adds of one adapter's rows (tokens in all) in one layer, by form; rank 0 is the bare layer."""
@@ -30,7 +36,7 @@ def multiply_adds(form: str, tokens: int, rank: int, d_in: int, d_out: int) -> i
         return rank * tokens * d_in * d_out + rank * tokens * (d_in + d_out)
     if form == "flora-modulate":
         return (rank + tokens) * d_in * d_out
-    if form in ("bmm-lora", "loop-lora"):
+    if form in ("bmm-lora", "loop-lora", "sgmv-lora"):
         return tokens * d_in * d_out + rank * tokens * (d_in + d_out)
     raise KeyError(form)
 
@@ -47,3 +53,20 @@ def cheaper_form(tokens_and_ranks: Iterable[tuple[int, int]], element_size: int,
         expand += max(1, rank) * tokens
         modulate += tokens if rank == 0 else rank + tokens + MODULATE_PASSES * element_size * balance
     return "flora-modulate" if modulate < expand else "flora-expand"
+
+
+def cheaper_kernel(tokens_and_ranks: Iterable[tuple[int, int]]) -> str:
+    """ "flora-expand" or "flora-modulate": the kernel with fewer multiply-adds for one call.
+
+    Neither forms anything in memory, and both read the weight once: arithmetic is what they differ in. tokens_and_ranks: as
+    `cheaper_form`. Expanded components of all adapters share tiles; an adapter that is modulated has tiles of its own.
+    """
+    expand = modulate = 0
+    for tokens, rank in tokens_and_ranks:
+        expand += max(1, rank) * tokens
+        modulate += _in_tiles(tokens) + _in_tiles(max(1, rank)) * -(-tokens // MODULATED_TOKENS)
+    return "flora-modulate" if modulate < expand else "flora-expand"
+
+
+def _in_tiles(number: int) -> int:
+    return -(-number // KERNEL_TILE) * KERNEL_TILE

@@ -6,7 +6,7 @@ on the bank for that forward: the method, and for this layer the factors and the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from flora import ops
+from flora import backend, ops
 from flora.errors import AdapterError
 
 
@@ -70,7 +70,7 @@ class AdaptedLinear(nn.Module):
         if self.is_black_box:
             raise AdapterError(
                 f"layer {self.name} is quantised ({type(self.base).__name__}) and has no plain weight: "
-                "use flora, flora-expand, bmm-lora, loop-lora, mixed or base, or load the model without quantize"
+                "use flora, flora-expand, bmm-lora, loop-lora, sgmv-lora, mixed or base, or load the model without quantize"
             )
         return weight_of(self.base)
 
@@ -101,6 +101,10 @@ class AdaptedLinear(nn.Module):
                 f"layer {self.name} got {x.shape[0]} rows for a batch of {plan.routing.slots.shape[0]}: "
                 "this architecture reshapes its batch before the layer, which per-row adapters cannot follow"
             )
+        form = self._kernel(method, x.shape[1], plan.routing)
+        if form is not None:
+            product = partial(product_of, self.base)
+            return backend.kernels_on(x.device.type).serve(form, x, self._matrix(), product, plan.A, plan.B, plan.routing, bias)
         more = {} if plan.added is None else {"added": plan.added}
         if self.is_black_box:
             around = ops.around_function_of(method)
@@ -113,7 +117,36 @@ class AdaptedLinear(nn.Module):
         """What decode steps of this batch call instead of `_serve`, once that has checked them; None where nothing is gained."""
         if plan.merged_weight is not None:
             return partial(linear, weight=plan.merged_weight, bias=bias)
-        return None if self.is_black_box else ops.for_one_token(method, self.weight, plan.A, plan.B, plan.routing, bias)
+        if self.is_black_box or self._kernel(method, 1, plan.routing) is not None:
+            return None
+        return ops.for_one_token(method, self.weight, plan.A, plan.B, plan.routing, bias)
+
+    def _kernel(self, method: str, length: int, routing: ops.Routing) -> str | None:
+        """Which kernel serves rows of `length` tokens here, or None for PyTorch's own products, which alone have gradients."""
+        kernels = backend.kernels_on(routing.slots.device.type)
+        if kernels is None or torch.is_grad_enabled():
+            return None
+        return kernels.form_of(method, length, routing, self._matrix() is not None)
+
+    def _matrix(self) -> tuple[Tensor, Tensor | None] | None:
+        """The weight (d_out, d_in) as kernels read it, and the scales of an int8 one; None where only the layer itself knows it."""
+        if not self.is_black_box:
+            return weight_of(self.base), None
+        return int8_of(self.base)
+
+    def decode_reads(self, method: str, routing: ops.Routing) -> tuple[Hashable, Tensor] | None:
+        """What a decode step of this layer takes of a routing: all that is not in its tensor, and the tensor with the rest.
+
+        None where a captured graph cannot be replayed for another batch: the layer's product may wait for the device, or the
+        method finds its factors by numbers of the host.
+        """
+        form = self._kernel(method, 1, routing)
+        if self.is_black_box and form not in ("decode", "modulate"):
+            return None
+        if form is not None:
+            return backend.kernels_on(routing.slots.device.type).reads(form, routing)
+        layout = routing.layout(method)
+        return None if layout is None else (layout, routing.numbers)
 
     def merge(self, family: str, A: Tensor, B: Tensor) -> Tensor:
         """A new weight (d_out, d_in) with one adapter of `family` merged in: A (r, d_in), B (r, d_out)."""
@@ -154,6 +187,14 @@ def features_of(layer: nn.Module) -> tuple[int, int]:
 def weight_of(layer: nn.Module) -> Tensor:
     """(d_out, d_in), whatever the layer's own layout; only for a layer that is no black box."""
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def int8_of(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The weight (d_out, d_in) and the scales (d_out,) of bitsandbytes' 8-bit layer, weight · scale / 127 each; else None."""
+    if type(layer).__name__ != "Linear8bitLt" or layer.weight.dtype != torch.int8:
+        return None
+    # The scales move from the weight to the layer's state at its first forward.
+    return layer.weight.data, layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
 
 
 def product_of(layer: nn.Module, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ another row's rank. It depends on the batch alone: build it once a step and hand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from flora.cost import cheaper_form
+from flora.cost import cheaper_form, cheaper_kernel
+from flora.tiles import ExpandedTiles, SegmentTiles, expanded_tiles, segment_tiles
 
 FAMILY: dict[str, str | None] = {
     "flora": "flora",
@@ -38,6 +39,7 @@ FAMILY: dict[str, str | None] = {
     "flora-modulate": "flora",
     "bmm-lora": "lora",
     "loop-lora": "lora",
+    "sgmv-lora": "lora",
     "mixed": None,
     "merged": None,
     "base": None,
@@ -98,7 +100,14 @@ class Routing:
 
     uniform_rank: int | None  # the rank that every row has, or None where ranks differ
     restore: Tensor | None  # (n,) int64, where each row stands when blocks are laid end to end; None: where it stands anyway
+    row_slots: tuple[int, ...]  # `slots`, on the host
+    row_ranks: tuple[int, ...]  # of each row, on the host
+    rank_stride: int  # the r of A and B (slots, r, d) as stored
+    max_rank: int  # of the rows
+    order: Tensor  # (n,) int64, the rows segment by segment
+    numbers: Tensor  # int64, every tensor above, end to end: they are parts of it
     _forms: dict[tuple[int, int, str], str] = field(default_factory=dict, repr=False, compare=False)
+    _tiles: dict[tuple, ExpandedTiles | SegmentTiles | None] = field(default_factory=dict, repr=False, compare=False)
     _kept: dict[tuple[str, int], Tensor] | None = field(default=None, repr=False, compare=False)
 
     def cheaper_form(self, length: int, element_size: int, device_type: str) -> str:
@@ -108,6 +117,36 @@ class Routing:
             tokens_and_ranks = [(segment.rows.shape[0] * length, segment.rank) for segment in self.segments]
             self._forms[key] = cheaper_form(tokens_and_ranks, element_size, device_type)
         return self._forms[key]
+
+    def cheaper_kernel(self, length: int) -> str:
+        """`flora.cost.cheaper_kernel` for rows of `length` tokens, worked out once."""
+        key = (length, 0, "kernel")
+        if key not in self._forms:
+            self._forms[key] = cheaper_kernel((segment.rows.shape[0] * length, segment.rank) for segment in self.segments)
+        return self._forms[key]
+
+    def expanded_tiles(self) -> ExpandedTiles | None:
+        """Every component's place in the tiles of a decode kernel; None where a rank is too large for them."""
+        if () not in self._tiles:
+            self._tiles[()] = expanded_tiles(self.row_slots, self.row_ranks, self.rank_stride, self.slots.device)
+        return self._tiles[()]
+
+    def segment_tiles(self, length: int, num_tokens: int | None) -> SegmentTiles:
+        """Every segment of rows of `length` tokens, cut in tiles of `num_tokens`; None: of what is cheapest to modulate."""
+        key = (length, num_tokens)
+        if key not in self._tiles:
+            self._tiles[key] = segment_tiles(self.row_slots, self.row_ranks, length, num_tokens, self.slots.device)
+        return self._tiles[key]
+
+    def layout(self, method: str) -> Hashable | None:
+        """What `method` in PyTorch's own products takes of this routing besides `numbers`; None where slots are part of it."""
+        groups = tuple((group.rank, group.slots.shape[0]) for group in self.rank_groups)
+        if method == "bmm-lora":
+            return groups
+        if FAMILY[method] != "flora":
+            return None
+        blocks = tuple((block.rank, block.slots.shape[0], block.rows is None) for block in self.blocks)
+        return groups, blocks, self.uniform_rank, self.expanded_row.shape[0], self.restore is None
 
     def for_one_layer(self) -> Routing:
         """The same routing, for many steps of one layer whose factors do not change: what is gathered in the first step is kept."""
@@ -160,6 +199,7 @@ def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: 
         [row for row, _ in expanded],
         [component for _, component in expanded],
         sorted(range(len(slots)), key=laid_out.__getitem__),
+        [row for rows in by_slot.values() for row in rows],
         *by_slot.values(),
         *by_shape.values(),
         *block_rows,
@@ -169,7 +209,7 @@ def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: 
     # All of them travel to the device at once: on a GPU, each copy from the host costs as much as a small kernel.
     numbers = torch.tensor([number for one in lists for number in one], dtype=torch.int64, device=device)
     tensors = iter(numbers.split([len(one) for one in lists]))
-    row_slots, expanded_row, expanded_component, restore = (next(tensors) for _ in range(4))
+    row_slots, expanded_row, expanded_component, restore, order = (next(tensors) for _ in range(5))
     segments = tuple(Segment(slot, ranks[slot], next(tensors), _span(rows)) for slot, rows in by_slot.items())
     block_slots, blocks_rows = [next(tensors) for _ in by_shape], [next(tensors) for _ in by_shape]
     group_rows = [next(tensors) for _ in groups]
@@ -188,6 +228,12 @@ def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: 
         expanded_component=expanded_component,
         uniform_rank=next(iter(by_rank)) if len(by_rank) == 1 else None,
         restore=None if in_order else restore,
+        row_slots=tuple(slots),
+        row_ranks=tuple([ranks[slot] for slot in slots]),
+        rank_stride=rank_stride,
+        max_rank=max(by_rank, default=0),
+        order=order,
+        numbers=numbers,
     )
 
 
@@ -406,6 +452,35 @@ def _add_by_loop(x: Tensor, y: Tensor, A: Tensor, B: Tensor, routing: Routing) -
     return y
 
 
+def sgmv_lora_around(
+    product: Callable[[Tensor], Tensor], x: Tensor, A: Tensor, B: Tensor, routing: Routing, bias: Tensor | None = None
+) -> Tensor:
+    """`sgmv_lora` around any layer: `product(x) = x @ weight.T`."""
+    return _add_by_segment(x, _biased(product(x), bias), A, B, routing)
+
+
+def sgmv_lora(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, slots: Tensor, bias: Tensor | None = None, routing: Routing | None = None
+) -> Tensor:
+    """Segment by segment (Punica, Chen et al., MLSys 2024): rows are put in adapter order once, no adapter's factors are copied.
+
+    The plain form of what `flora.kernels` does in two launches.
+    """
+    return _add_by_segment(x, linear(x, weight, bias), A, B, _route_at_full_rank(A, slots, routing))
+
+
+def _add_by_segment(x: Tensor, y: Tensor, A: Tensor, B: Tensor, routing: Routing) -> Tensor:
+    if not routing.rank_groups:
+        return y
+    in_order = x.index_select(0, routing.order).split([segment.rows.shape[0] for segment in routing.segments])
+    adapted = [(segment, rows) for segment, rows in zip(routing.segments, in_order, strict=True) if segment.rank > 0]
+    added = [(rows @ A[one.slot, : one.rank].T) @ B[one.slot, : one.rank] for one, rows in adapted]
+    places = routing.order
+    if len(adapted) < len(routing.segments):
+        places = torch.cat([segment.rows for segment, _ in adapted])
+    return y.index_add_(0, places, torch.cat(added))  # y is ours: fresh from the product
+
+
 def merge_lora(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """weight + Bᵀ A of one adapter: weight (d_out, d_in), A (r, d_in), B (r, d_out), scale already folded into B."""
     return weight + B.T @ A
@@ -466,6 +541,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "flora-modulate": flora_modulate,
     "bmm-lora": bmm_lora,
     "loop-lora": loop_lora,
+    "sgmv-lora": sgmv_lora,
     "mixed": mixed,
 }
 
@@ -474,6 +550,7 @@ _AROUND: dict[str, Callable[..., Tensor]] = {
     "flora-expand": expand_around,
     "bmm-lora": bmm_lora_around,
     "loop-lora": loop_lora_around,
+    "sgmv-lora": sgmv_lora_around,
     "mixed": mixed_around,
 }
 

@@ -38,7 +38,9 @@ def _work(result: ComparisonResult, method: str) -> str:
     if method == "bmm-lora":
         return f"{label} sends one row per request through every layer and adds two small batched products of rank {rank}."
     if method == "mixed":
-        return f"{label} sends a row per request through every layer, of an adapter that multiplies one per component, and adds LoRA."
+        return f"{label} sends one row per request through every layer, one per component where it multiplies, and adds LoRA."
     if method == "loop-lora":
         return f"{label} sends one row per request through every layer and adds two small products for each adapter."
+    if method == "sgmv-lora":
+        return f"{label} sends one row per request through every layer and adds two products over its rows in adapter order."
     return f"{label} runs the whole model once for each of the {adapters} adapters, its weights merged."

@@ -76,6 +76,10 @@ class RowLayer(CacheLayerMixin):
             self.values[row, :, position] = value_states[source_row, :, source_place]
         return self.keys[window.rows, :, : window.width], self.values[window.rows, :, : window.width]
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        return (self.keys.data_ptr(), self.values.data_ptr()) if self.is_initialized else ()
+
     def resize(self, num_rows: int, num_positions: int) -> None:
         if self.is_initialized:
             self.keys = _enlarged(self.keys, num_rows, num_positions)
@@ -150,6 +154,11 @@ class RowCache(Cache):
             return num_rows, width
         rows = min(1 << (num_rows - 1).bit_length(), self.window.num_rows - first_row)
         return rows, min(_rounded(width), self.window.num_positions)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the keys and values lie, and in what shape: what a captured graph reads and writes as long as this is the same."""
+        return (self.window.num_rows, self.window.num_positions, *(one for layer in self.layers for one in layer.addresses))
 
     @property
     def spare_position(self) -> int:
@@ -232,6 +241,10 @@ class CrossLayer(CacheLayerMixin):
         self._values[self.window.rows] = value_states
         return key_states, value_states
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        return (self._keys.data_ptr(), self._values.data_ptr()) if self.is_initialized else ()
+
     def resize(self, num_rows: int, num_positions: int) -> None:
         if self.is_initialized and num_rows > self._keys.shape[0]:
             self._keys = _enlarged(self._keys, num_rows, self._keys.shape[2])
@@ -276,6 +289,11 @@ class SpeechCache(EncoderDecoderCache):
     def step_shape(self, first_row: int, num_rows: int, width: int) -> tuple[int, int]:
         """As `RowCache.step_shape`."""
         return self.own.step_shape(first_row, num_rows, width)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """As `RowCache.addresses`, of what was heard too."""
+        return (*self.own.addresses, *(one for layer in self.cross_attention_cache.layers for one in layer.addresses))
 
     @property
     def spare_position(self) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flora.bank import IDENTITY_SLOT, AdapterBank, BatchServing
+from flora.engine.graphs import Capture, DecodeGraphs
 from flora.engine.request import Completion, Event, FailEvent, FinishEvent, Request, TokenEvent
 from flora.engine.runner import EncodedRequest, PromptPiece, Runner
 from flora.engine.scheduler import Chunk, Scheduler
@@ -97,7 +98,7 @@ class Core:
     """Serves requests with one method. Everything but `add` happens on the thread that steps it.
 
     max_rows: requests that run at once. max_batch_tokens: of one step. counts: where it notes what it has done. static_shapes: pad
-    steps that decode to few shapes.
+    steps that decode to few shapes. capture: replay those shapes as graphs, captured by this.
     """
 
     def __init__(
@@ -110,10 +111,12 @@ class Core:
         max_batch_tokens: int,
         counts: Counts,
         static_shapes: bool = False,
+        capture: Capture | None = None,
     ) -> None:
         self.runner, self.bank, self.vocabulary, self.method, self.counts = runner, bank, vocabulary, method, counts
         self.scheduler: Scheduler[Row] = Scheduler(max_rows, max_batch_tokens)
         self.cache = runner.new_cache(max_rows, static_shapes)
+        self.graphs = None if capture is None else DecodeGraphs(runner, capture)
         self._decode_serving: BatchServing | None = None  # of the rows that decode; None once one has come or gone
         self._merged_serving: BatchServing | None = None  # method `merged`: of the one adapter that is being served
         self.told: list[Told] = []  # of the step under way
@@ -156,7 +159,7 @@ class Core:
         for row in [*self.running[::-1], *self.scheduler.waiting()]:  # from the last row on: none has to move
             self._leave(row)
             self.counts.cancelled += 1
-        self.cache = self._decode_serving = self._merged_serving = None
+        self.cache = self.graphs = self._decode_serving = self._merged_serving = None
 
     def _leave(self, row: Row) -> None:
         if row.times.admitted_s is None:
@@ -234,7 +237,8 @@ class Core:
             part = rows[start:stop]
             serving = self._decode_serving if len(part) == len(rows) else serving_of(start, stop)
             tokens, positions = [row.token_ids[-1] for row in part], [row.position for row in part]
-            return self.runner.decode(tokens, positions, self.cache, start, serving)
+            decode = self.runner.decode if self.graphs is None else self.graphs.decode
+            return decode(tokens, positions, self.cache, start, serving)
 
         outcomes = self._isolate(forward, rows, first=False)
         for row in rows:  # before any leaves: those behind it move, with all that they have cached

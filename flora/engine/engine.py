@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from flora import ops
+from flora import backend, ops
 from flora.bank import AdapterBank, AdapterInfo, PreparedAdapter
 from flora.engine.core import Core, Counts, Row
 from flora.engine.device import TurnLock, apart, compute_on, turns_on
 from flora.engine.generation import BatchGeneration, Generation, SequentialGeneration
+from flora.engine.graphs import Capture, CudaCapture
 from flora.engine.request import Completion, Event, FailEvent, FinishEvent, Request
 from flora.engine.runner import EncodedRequest, make_runner
 from flora.engine.scheduler import group_by_adapter
@@ -80,7 +81,8 @@ class Engine:
     the device. max_batch_size: requests that run at once. adapter_slots: adapters on the device at once. host_adapter_bytes: of
     adapters kept in memory besides; the rest is read from disk when it is wanted. max_waiting: requests that may stand in line.
     max_batch_tokens: decoded and prompt tokens of one step; longer prompts are read in pieces. static_shapes: whether steps that
-    decode are padded to few shapes, so that CUDA graphs can capture them; by default on a GPU.
+    decode are padded to few shapes, so that CUDA graphs can capture them; by default on a GPU. cuda_graphs: whether they are; by
+    default where they can be.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Engine:
         max_waiting: int = 256,
         max_batch_tokens: int = 2048,
         static_shapes: bool | None = None,
+        cuda_graphs: bool | None = None,
     ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("adapter_slots", adapter_slots), ("max_waiting", max_waiting)):
             if value < 1:
@@ -105,6 +108,10 @@ class Engine:
         self.device, self.dtype = loaded.model.device, loaded.model.dtype
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
         self.static_shapes = self.device.type == "cuda" if static_shapes is None else static_shapes
+        can_capture = self.device.type == "cuda" and self.static_shapes
+        if cuda_graphs and not can_capture:
+            raise RequestError("CUDA graphs need a GPU and static_shapes")
+        self.cuda_graphs = can_capture if cuda_graphs is None else cuda_graphs
         holder = ServingHolder()
         layers = inject(loaded.model, holder, skip=(loaded.model.get_output_embeddings(),))
         for layer in layers.values():
@@ -134,8 +141,8 @@ class Engine:
     ) -> Engine:
         """Load a base model (folder, hub id or short name) and its adapters: tag → one checkpoint, or one of each family.
 
-        check_base_model: as in `add_adapter`. serving: adapter_slots, host_adapter_bytes, max_waiting, max_batch_tokens and
-        static_shapes, as the class explains them.
+        check_base_model: as in `add_adapter`. serving: adapter_slots, host_adapter_bytes, max_waiting, max_batch_tokens,
+        static_shapes and cuda_graphs, as the class explains them.
         Raises ModelError, AdapterError or CheckpointError, each naming what is wrong.
         """
         load = partial(load_model, name, device, dtype, quantize, weights)
@@ -145,7 +152,17 @@ class Engine:
         return engine
 
     def _make_core(self, method: str, max_rows: int, max_batch_tokens: int) -> Core:
-        return Core(self.runner, self.bank, self._vocabulary, method, max_rows, max_batch_tokens, self._counts, self.static_shapes)
+        settings = (method, max_rows, max_batch_tokens, self._counts, self.static_shapes)
+        return Core(self.runner, self.bank, self._vocabulary, *settings, self._new_capture())
+
+    def _new_capture(self) -> Capture | None:
+        """What captures a core's decode steps, where they are captured."""
+        return CudaCapture(self.device) if self.cuda_graphs else None
+
+    @property
+    def implementation(self) -> str:
+        """ "triton" or "pytorch": what serves the methods that have kernels of their own, on this engine's device."""
+        return backend.implementation(self.device.type)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Take no more requests; those that wait or run may finish for `timeout_s` seconds, then they fail by name."""

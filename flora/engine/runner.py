@@ -23,6 +23,7 @@ from flora.engine.cache import RowCache, SpeechCache, prompt_mask, token_mask
 from flora.engine.device import apart
 from flora.engine.request import Request
 from flora.errors import AudioError, ModelError, RequestError
+from flora.layers import Serving
 from flora.models import LoadedModel
 
 SILENCE = 1e-4
@@ -79,6 +80,12 @@ class Runner(Protocol):
         serving: for as many rows as the cache's `step_shape` says, the spare ones behind those that decode.
         """
 
+    def read_tokens(self, inputs: Tensor, width: int, cache: RowCache | SpeechCache, first_row: int, serving: Serving) -> Tensor:
+        """The part of `decode` that the device does, spare rows included: what `token_inputs` gives → logits (rows, vocabulary).
+
+        It never waits for the device, and what runs there depends on the arguments' shapes, not on what `inputs` holds.
+        """
+
     def score(
         self, encoded: Sequence[EncodedRequest], continuations: Sequence[Sequence[int]], serving: BatchServing
     ) -> list[Tensor]:
@@ -95,19 +102,17 @@ def _right_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> T
     return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sequences], device=device)
 
 
-def _begin_tokens(
+def token_inputs(
     tokens: Sequence[int], positions: Sequence[int], cache: RowCache | SpeechCache, first_row: int, device: torch.device
-) -> tuple[Tensor, Tensor, int]:
-    """Tell the cache of a step that decodes; its tokens (rows,), their positions (rows,) and the number of positions in sight.
+) -> tuple[Tensor, int]:
+    """What a step that decodes reads, (3, rows) int64: tokens, their positions, where each is written; and the positions in sight.
 
     A spare row reads token 0 at position 0, sees nothing but that place, and is written where nobody looks.
     """
     rows, width = cache.step_shape(first_row, len(tokens), max(positions) + 1)
     spare = [0] * (rows - len(tokens))
     targets = [*positions, *[cache.spare_position] * len(spare)]
-    ids, places, written = torch.tensor(([*tokens, *spare], [*positions, *spare], targets), device=device)  # (rows,) each
-    cache.begin_tokens(first_row, written, width)
-    return ids, places, width
+    return torch.tensor(([*tokens, *spare], [*positions, *spare], targets), device=device), width
 
 
 def _sliding_window(config: Any) -> int | None:
@@ -174,7 +179,12 @@ class CodeRunner:
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], cache: RowCache, first_row: int, serving: BatchServing
     ) -> Tensor:
-        ids, places, width = _begin_tokens(tokens, positions, cache, first_row, self.device)
+        inputs, width = token_inputs(tokens, positions, cache, first_row, self.device)
+        return self.read_tokens(inputs, width, cache, first_row, serving)[: len(tokens)]
+
+    def read_tokens(self, inputs: Tensor, width: int, cache: RowCache, first_row: int, serving: Serving) -> Tensor:
+        ids, places, written = inputs
+        cache.begin_tokens(first_row, written, width)
         with self.bank.serve(serving):
             output = self.model(
                 input_ids=ids[:, None],
@@ -183,7 +193,7 @@ class CodeRunner:
                 past_key_values=cache,
                 use_cache=True,
             )
-        return output.logits[: len(tokens), 0]
+        return output.logits[:, 0]
 
     def score(
         self, encoded: Sequence[EncodedRequest], continuations: Sequence[Sequence[int]], serving: BatchServing
@@ -275,12 +285,16 @@ class SpeechRunner:
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], cache: SpeechCache, first_row: int, serving: BatchServing
     ) -> Tensor:
-        ids, places, width = _begin_tokens(tokens, positions, cache, first_row, self.device)
+        inputs, width = token_inputs(tokens, positions, cache, first_row, self.device)
+        return self.read_tokens(inputs, width, cache, first_row, serving)[: len(tokens)]
+
+    def read_tokens(self, inputs: Tensor, width: int, cache: SpeechCache, first_row: int, serving: Serving) -> Tensor:
+        ids, places, written = inputs
+        cache.begin_tokens(first_row, written, width)
         # What the encoder heard is in the cache: the decoder asks for its states and does not look at them.
         states = torch.empty(len(ids), 0, self.width, device=self.device, dtype=self.dtype)
         with self.bank.serve(serving):
-            logits = self._decoder(ids[:, None], states, token_mask(places, width, self.dtype), places[:, None], cache)
-        return logits[: len(tokens), 0]
+            return self._decoder(ids[:, None], states, token_mask(places, width, self.dtype), places[:, None], cache)[:, 0]
 
     def score(
         self, encoded: Sequence[EncodedRequest], continuations: Sequence[Sequence[int]], serving: BatchServing

@@ -94,7 +94,7 @@ X = torch.linspace(-1, 1, 4 * 2 * D).reshape(4, 2, D)
 # -------------------------------------------------------------------------------------------------------------- serving
 
 
-@pytest.mark.parametrize("method", ["flora", "flora-expand", "flora-modulate", "bmm-lora", "loop-lora"])
+@pytest.mark.parametrize("method", ["flora", "flora-expand", "flora-modulate", "bmm-lora", "loop-lora", "sgmv-lora"])
 def test_a_batch_of_mixed_ranks_and_no_adapter(bank, net, method):
     family = "lora" if "lora" in method.split("-") else "flora"
     small, large = adapter(family, 1, 1), adapter(family, 5, 2)
@@ -665,7 +665,7 @@ def stocked(bank) -> AdapterBank:
 
 
 def test_which_family_a_method_serves(stocked):
-    methods = ("flora", "flora-expand", "flora-modulate", "bmm-lora", "loop-lora", "merged", "base")
+    methods = ("flora", "flora-expand", "flora-modulate", "bmm-lora", "loop-lora", "sgmv-lora", "merged", "base")
     of_both = ("flora", "flora", "flora", "lora", "lora", "flora", None)
     assert [stocked.family_for("jl", method) for method in methods] == list(of_both)
     assert stocked.family_for("rb", "merged") == "lora"

@@ -237,7 +237,8 @@ def read_clips(model, cache: SpeechCache, rows: list[Transcript], first_row: int
     else:
         width = int(positions.max()) + 1
         cache.begin_tokens(first_row, positions, width)
-        states, mask, places = torch.empty(len(rows), 0, model.config.d_model), token_mask(positions, width, torch.float32), positions[:, None]
+        states, places = torch.empty(len(rows), 0, model.config.d_model), positions[:, None]
+        mask = token_mask(positions, width, torch.float32)
     logits = model(
         encoder_outputs=BaseModelOutput(last_hidden_state=states),
         decoder_input_ids=ids,

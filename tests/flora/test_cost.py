@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flora import ops
-from flora.cost import MULTIPLY_ADDS_PER_BYTE, cheaper_form, multiply_adds
+from flora.cost import MULTIPLY_ADDS_PER_BYTE, cheaper_form, cheaper_kernel, multiply_adds
 
 MACHINES = sorted(MULTIPLY_ADDS_PER_BYTE)  # (device, bytes of a weight)
 aten = torch.ops.aten
@@ -50,6 +50,18 @@ def test_once_modulating_pays_more_tokens_never_undo_it(device, element_size):
     assert set(forms[:first]) == {"flora-expand"} and set(forms[first:]) == {"flora-modulate"}
 
 
+@pytest.mark.parametrize("rank", [2, 4, 16, 64])
+def test_kernels_modulate_prompts_and_expand_single_tokens_of_many_adapters(rank):
+    assert cheaper_kernel([(512, rank)] * 8) == "flora-modulate"
+    assert cheaper_kernel([(1, rank)] * 32) == "flora-expand"
+
+
+def test_a_kernel_modulates_where_many_rows_share_an_adapter():
+    assert cheaper_kernel([(32, 4)]) == "flora-modulate"  # 32 + 16 rows instead of 128
+    assert cheaper_kernel([(32, 1)]) == "flora-expand"  # 48 instead of 32
+    assert cheaper_kernel([(4, 4)] * 8) == "flora-expand", "a tile of tokens each, however few they are"
+
+
 # ------------------------------------------------------------------------------------------- formulas against the ops
 
 
@@ -81,7 +93,7 @@ def counted(method: str, rank: int, batch: int, l: int, d_in: int, d_out: int) -
     return count
 
 
-@pytest.mark.parametrize("method", ["flora-expand", "flora-modulate", "bmm-lora", "loop-lora"])
+@pytest.mark.parametrize("method", ["flora-expand", "flora-modulate", "bmm-lora", "loop-lora", "sgmv-lora"])
 @pytest.mark.parametrize("rank", [0, 1, 2, 4])
 @pytest.mark.parametrize("batch, l, d_in, d_out", [(1, 1, 5, 7), (3, 1, 11, 4), (2, 6, 8, 8)])
 def test_formulas_count_what_the_ops_do(method, rank, batch, l, d_in, d_out):

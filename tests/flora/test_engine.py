@@ -18,7 +18,7 @@ from flora.errors import AdapterError, RequestError, UnknownAdapterError
 
 ARCHITECTURES = ("code", "llama", "speech")
 FLORA_METHODS = ("flora", "flora-expand", "flora-modulate")
-LORA_METHODS = ("bmm-lora", "loop-lora")
+LORA_METHODS = ("bmm-lora", "loop-lora", "sgmv-lora")
 
 # Prompts of different lengths, or clips; both kinds of adapter at ranks 1, 3 and 8 and none; different numbers of new tokens.
 PROMPTS = (

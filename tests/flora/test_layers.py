@@ -246,7 +246,7 @@ def int8_layer():
     return layer.to("cpu"), plain
 
 
-@pytest.mark.parametrize("method", ["flora", "flora-expand", "bmm-lora", "loop-lora"])
+@pytest.mark.parametrize("method", ["flora", "flora-expand", "bmm-lora", "loop-lora", "sgmv-lora"])
 def test_an_8_bit_layer_is_served_through_its_own_product(int8_layer, method):
     layer, plain = int8_layer
     holder = ServingHolder()

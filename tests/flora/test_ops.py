@@ -17,7 +17,7 @@ from flora.cost import cheaper_form
 
 FORMS = {
     "flora": (ops.flora, ops.flora_expand, ops.flora_modulate),
-    "lora": (ops.bmm_lora, ops.loop_lora),
+    "lora": (ops.bmm_lora, ops.loop_lora, ops.sgmv_lora),
 }
 REFERENCE = {"flora": ops.flora_reference, "lora": ops.lora_reference}
 ALL_FORMS = [(family, form) for family, forms in FORMS.items() for form in forms]
@@ -175,7 +175,8 @@ def test_a_routing_for_one_layer_keeps_its_factors_and_gathers_them_once(slots, 
     monkeypatch.setattr(ops, "_gather", lambda *args: gathered.append(args) or gather(*args))
     steps = [Problem(7, 1, 33, 17, torch.float32, seed) for seed in range(2)]
     shared = ops.route(slots or steps[0].slots.tolist(), RANKS, RANK)
-    for family, form in ((family, form) for family, form in ALL_FORMS if form not in (ops.flora_modulate, ops.loop_lora)):
+    gathering = [(family, form) for family, form in ALL_FORMS if form in (ops.flora, ops.flora_expand, ops.bmm_lora)]
+    for family, form in gathering:
         for layer in steps:  # each problem's factors are a layer of their own
             routing = shared.for_one_layer()
             for step in steps:
@@ -490,7 +491,17 @@ def test_mixed_without_rows_that_add_is_expand():
 
 
 def test_methods_and_functions_go_by_the_same_names():
-    assert ops.METHODS == ("flora", "flora-expand", "flora-modulate", "bmm-lora", "loop-lora", "mixed", "merged", "base")
+    assert ops.METHODS == (
+        "flora",
+        "flora-expand",
+        "flora-modulate",
+        "bmm-lora",
+        "loop-lora",
+        "sgmv-lora",
+        "mixed",
+        "merged",
+        "base",
+    )
     for method, family in ops.FAMILY.items():
         if family is not None:
             assert ops.function_of(method) is getattr(ops, method.replace("-", "_"))

@@ -1,5 +1,5 @@
-"""The edges of fLoRA as a PEFT method: layers that an adapter would not reach, tied and offloaded weights, tasks, and what PEFT offers to
-some methods only, refused by name."""
+"""The edges of fLoRA as a PEFT method: layers that an adapter would not reach, tied and offloaded weights, tasks, and what PEFT
+offers to some methods only, refused by name."""
 
 from __future__ import annotations
 

@@ -1,0 +1,204 @@
+"""One token per row: every component of every row against one read of the weight, in one launch.
+
+    y[i] = Σ_k B[s_i,k] ∘ ((A[s_i,k] ∘ x[i]) @ weight.T) + bias
+
+The rows of the product are places: one for each component of each row (`flora.tiles.ExpandedTiles`). A program has one tile of
+places and one of outputs. It walks along d_in, forms A_k ∘ x for its places as it goes, multiplies with the weight's tile, and at
+the end scales by B_k, sums each row's places, and adds the bias. An int8 weight (bitsandbytes' layout: CB and the row scales SCB)
+becomes floating point in registers; its scale belongs to an output, and is applied at the end.
+
+Traffic, n rows, m places, element size e:
+    from memory     d_in · d_out · e of the weight, once where m ≤ 128; A and B of the batch's adapters, m · (d_in + d_out) · e
+    from the cache  for each tile of outputs, m · d_in · 2e again: the places' x and A. A tile of outputs as wide as that of places
+                    reads twice as much from the cache as from memory
+    to memory       n · d_out · e; where the sum is cut in s parts, s · n · d_out · 4 more, written and read
+Multiply-adds: m · d_in · d_out for the product, and for the sums 32 · m · d_out or fewer beside d_in · m · d_out.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flora.kernels.launch import INTERPRETED, Config, check_product, part_width, product_dtype, split_of
+
+REDUCED_AT_ONCE = 1024
+
+
+@triton.jit
+def _decode_kernel(
+    # pointers
+    x,
+    weight,
+    scales,
+    A,
+    B,
+    bias,
+    y,
+    row_list,
+    component_list,
+    owner_list,
+    tile_row_list,
+    # sizes
+    n,
+    d_in,
+    d_out,
+    part,
+    # strides
+    x_row,
+    weight_out,
+    weight_in,
+    # meta
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    tile, split = tl.program_id(0), tl.program_id(2)  # tiles of places are neighbours: the weight's tile is still in the cache
+    if tl.load(row_list + tile * BLOCK_M) < 0:
+        return
+    places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.load(row_list + places)
+    component = tl.load(component_list + places)
+    is_used, is_scaled = row >= 0, component >= 0
+    outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_output = outputs < d_out
+    inputs = split * part + tl.arange(0, BLOCK_K)
+
+    x_tile = x + row.to(tl.int64)[:, None] * x_row + inputs[None, :]
+    a_tile = A + component.to(tl.int64)[:, None] * d_in + inputs[None, :]
+    w_tile = weight + outputs.to(tl.int64)[None, :] * weight_out + inputs[:, None] * weight_in
+    total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for step in range(0, part, BLOCK_K):
+        if EVEN:
+            x_mask, a_mask, w_mask = is_used[:, None], is_scaled[:, None], is_output[None, :]
+        else:
+            is_input = inputs + step < d_in
+            x_mask, a_mask = is_used[:, None] & is_input[None, :], is_scaled[:, None] & is_input[None, :]
+            w_mask = is_output[None, :] & is_input[:, None]
+        scaled = tl.load(x_tile, x_mask, 0.0).to(tl.float32) * tl.load(a_tile, a_mask, 1.0).to(tl.float32)
+        w = tl.load(w_tile, w_mask, 0)
+        total = tl.dot(scaled.to(PRODUCT), w.to(PRODUCT), total, input_precision=PRECISION)
+        x_tile += BLOCK_K
+        a_tile += BLOCK_K
+        w_tile += BLOCK_K * weight_in
+
+    b_tile = B + component.to(tl.int64)[:, None] * d_out + outputs[None, :]
+    total *= tl.load(b_tile, is_scaled[:, None] & is_output[None, :], 1.0).to(tl.float32)
+    if IS_INT8:
+        total *= tl.load(scales + outputs, is_output, 0.0)[None, :] * (1 / 127)
+    if NUM_ROWS > 0:
+        # Each row's places are summed by a product with ones and zeros. A number that is not finite would spoil its neighbours
+        # there, 0 · ∞: it is counted apart, and only its own row is spoilt.
+        owner = tl.load(owner_list + places)
+        is_own = tl.arange(0, NUM_ROWS)[:, None] == owner[None, :]  # (rows, places)
+        is_finite = tl.abs(total) < float("inf")
+        num_broken = tl.dot(is_own.to(tl.float16), tl.where(is_finite, 0.0, 1.0).to(tl.float16))
+        total = tl.dot(is_own.to(tl.float32), tl.where(is_finite, total, 0.0), input_precision=SUM_PRECISION)
+        total = tl.where(num_broken > 0, float("nan"), total)
+        row = tl.load(tile_row_list + tile * NUM_ROWS + tl.arange(0, NUM_ROWS))
+    y_tile = (split * n + row.to(tl.int64))[:, None] * d_out + outputs[None, :]
+    y_mask = (row >= 0)[:, None] & is_output[None, :]
+    if HAS_BIAS and SPLIT_K == 1:
+        total += tl.load(bias + outputs, is_output, 0.0).to(tl.float32)[None, :]
+    tl.store(y + y_tile, total.to(y.dtype.element_ty), y_mask)
+
+
+@triton.jit
+def _sum_parts_kernel(
+    # pointers
+    parts,
+    bias,
+    y,
+    # sizes
+    size,
+    d_out,
+    # meta
+    HAS_BIAS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_used = places < size
+    total = tl.full((BLOCK,), 0.0, tl.float32)
+    for split in range(SPLIT_K):  # always in this order: the same answer every time
+        total += tl.load(parts + split * size + places, is_used, 0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + places % d_out, is_used, 0.0).to(tl.float32)
+    tl.store(y + places, total.to(y.dtype.element_ty), is_used)
+
+
+def config_for(num_places: int, element_size: int) -> Config:
+    """Tile sizes by the places of a tile and the bytes of an element of x. They fit an H100's shared memory."""
+    block_n, num_warps = (64, 4) if num_places <= 32 else (128, 4) if num_places <= 64 else (128, 8)
+    if element_size == 4:
+        return Config(block_n=64, block_k=32, split_k=0, num_warps=num_warps, num_stages=2)
+    return Config(block_n, block_k=128 if num_places <= 32 else 64, split_k=0, num_warps=num_warps, num_stages=4)
+
+
+def decode(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    row: Tensor,
+    component: Tensor,
+    owner: Tensor,
+    tile_row: Tensor,
+    num_tiles: int,
+    config: Config | None = None,
+) -> Tensor:
+    """x (n, d_in), weight (d_out, d_in) of any strides, scales (d_out,) float32 for an int8 weight → (n, d_out), x's dtype.
+
+    row … tile_row: the lists of `flora.tiles.ExpandedTiles`. Every row must be in them: what is not is not written.
+    """
+    check_product(x, weight, scales, A, B, bias)
+    (n, d_in), d_out = x.shape, weight.shape[0]
+    num_places, num_rows = row.shape[0] // num_tiles, tile_row.shape[0] // num_tiles
+    config = config or config_for(num_places, x.element_size())
+    blocks = triton.cdiv(d_out, config.block_n)
+    split_k = split_of(config, num_tiles * blocks, d_in, x.device)
+    part = part_width(config, d_in, split_k)
+    y = x.new_empty(n, d_out)
+    if not y.numel():
+        return y
+    target = y if split_k == 1 else x.new_empty((split_k, n, d_out), dtype=torch.float32)
+    exact = x.dtype == torch.float32 or INTERPRETED or torch.version.hip is not None
+    _decode_kernel[num_tiles, blocks, split_k](
+        *(x, weight, scales, A, B, bias, target, row, component, owner, tile_row),
+        *(n, d_in, d_out, part),
+        *(x.stride(0), *weight.stride()),
+        PRODUCT=product_dtype(x.dtype),
+        PRECISION="ieee",
+        SUM_PRECISION="ieee" if exact else "tf32x3",
+        IS_INT8=scales is not None,
+        HAS_BIAS=bias is not None,
+        EVEN=part * split_k == d_in,
+        NUM_ROWS=num_rows,
+        BLOCK_M=num_places,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        SPLIT_K=split_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if split_k > 1:
+        _sum_parts_kernel[(triton.cdiv(y.numel(), REDUCED_AT_ONCE),)](
+            *(target, bias, y),
+            *(y.numel(), d_out),
+            HAS_BIAS=bias is not None,
+            SPLIT_K=split_k,
+            BLOCK=REDUCED_AT_ONCE,
+        )
+    return y

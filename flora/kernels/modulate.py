@@ -1,0 +1,171 @@
+"""Many tokens per adapter: each tile of the weight is multiplied by its tile of Bᵀ A on its way into the product.
+
+    y[i] = x[i] @ (weight ∘ (B[s_i]ᵀ A[s_i])).T + bias
+
+A program has a tile of tokens that share an adapter (`flora.tiles.SegmentTiles`) and a tile of outputs. At each step along d_in a
+small product over the rank makes the modulation of the weight's tile, in float32, and only the modulated tile is rounded to x's
+dtype. Nothing of size d_out · d_in is written anywhere.
+
+Traffic, t tokens in tiles of T, rank r rounded up to R = 16, 32, 64 …, element size e:
+    from memory     d_in · d_out · e of the weight and t · d_in · e of x, more often where the cache does not hold them;
+                    r · (d_in + d_out) · e for each adapter
+    to memory       t · d_out · e
+Multiply-adds: (T + R) · d_in · d_out for each tile of tokens: beside the product itself, R / T more.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flora.kernels.launch import Config, check_product, product_dtype
+
+TILES_TOGETHER = 8
+"""Tiles of outputs whose programs run together, token tile by token tile, so that both x and the weight are found in the cache."""
+
+
+@triton.jit
+def _modulate_kernel(
+    # pointers
+    x,
+    weight,
+    scales,
+    A,
+    B,
+    bias,
+    y,
+    order_list,
+    slot_list,
+    rank_list,
+    first_list,
+    count_list,
+    # sizes
+    num_tiles,
+    length,
+    d_in,
+    d_out,
+    rank_stride,
+    # strides
+    x_row,
+    x_token,
+    weight_out,
+    weight_in,
+    # meta
+    PRODUCT: tl.constexpr,
+    MODULATION: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    program = tl.program_id(0)
+    band = program // (TOGETHER * num_tiles)
+    in_band = program % (TOGETHER * num_tiles)
+    block = band * TOGETHER + in_band % TOGETHER
+    tile = in_band // TOGETHER
+    count = tl.load(count_list + tile)
+    if (count == 0) | (block * BLOCK_N >= d_out):
+        return
+    slot = tl.load(slot_list + tile).to(tl.int64)
+    rank = tl.load(rank_list + tile)
+
+    places = tl.arange(0, BLOCK_M)
+    is_used = places < count
+    token = tl.load(first_list + tile) + places
+    row = tl.load(order_list + token // length, is_used, 0).to(tl.int64)
+    outputs = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_output = outputs < d_out
+    inputs = tl.arange(0, BLOCK_K)
+    components = tl.arange(0, BLOCK_R)
+    is_component = components < rank
+    # The identity is one component of ones, which nobody has to read.
+    absent = tl.where((components == 0) & (rank == 0), 1.0, 0.0)
+
+    x_tile = x + (row * x_row + (token % length) * x_token)[:, None] + inputs[None, :]
+    w_tile = weight + outputs.to(tl.int64)[None, :] * weight_out + inputs[:, None] * weight_in
+    a_tile = A + (slot * rank_stride + components)[None, :] * d_in + inputs[:, None]
+    b_tile = B + (slot * rank_stride + components)[:, None] * d_out + outputs[None, :]
+    b_mask = is_component[:, None] & is_output[None, :]
+    b = tl.where(b_mask, tl.load(b_tile, b_mask, 0.0).to(tl.float32), absent[:, None]).to(MODULATION)  # (R, outputs)
+    total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    for step in range(0, d_in, BLOCK_K):
+        a_mask = is_component[None, :]
+        x_mask, w_mask = is_used[:, None], is_output[None, :]
+        if not EVEN:
+            is_input = inputs + step < d_in
+            a_mask = a_mask & is_input[:, None]
+            x_mask, w_mask = x_mask & is_input[None, :], w_mask & is_input[:, None]
+        a = tl.where(a_mask, tl.load(a_tile, a_mask, 0.0).to(tl.float32), absent[None, :]).to(MODULATION)  # (inputs, R)
+        modulation = tl.dot(a, b, input_precision="ieee")  # (inputs, outputs)
+        w = (tl.load(w_tile, w_mask, 0).to(tl.float32) * modulation).to(PRODUCT)
+        total = tl.dot(tl.load(x_tile, x_mask, 0.0).to(PRODUCT), w, total, input_precision="ieee")
+        x_tile += BLOCK_K
+        w_tile += BLOCK_K * weight_in
+        a_tile += BLOCK_K
+
+    if IS_INT8:
+        total *= tl.load(scales + outputs, is_output, 0.0)[None, :] * (1 / 127)
+    if HAS_BIAS:
+        total += tl.load(bias + outputs, is_output, 0.0).to(tl.float32)[None, :]
+    y_tile = y + (row * length + token % length)[:, None] * d_out + outputs[None, :]
+    tl.store(y_tile, total.to(y.dtype.element_ty), is_used[:, None] & is_output[None, :])
+
+
+def config_for(num_tokens: int, rank_tile: int, element_size: int) -> Config:
+    """Tile sizes by the tokens of a tile, the rank and the bytes of an element of x. They fit an H100's shared memory."""
+    if element_size == 4:
+        return Config(block_n=64, block_k=32, num_warps=4, num_stages=2)
+    return Config(block_n=128, block_k=64, num_warps=8 if num_tokens >= 64 else 4, num_stages=3 if rank_tile <= 64 else 2)
+
+
+def modulate(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    order: Tensor,
+    slot: Tensor,
+    rank: Tensor,
+    first: Tensor,
+    count: Tensor,
+    num_tokens: int,
+    rank_tile: int,
+    config: Config | None = None,
+) -> Tensor:
+    """x (n, l, d_in), weight (d_out, d_in) of any strides, scales (d_out,) float32 for an int8 weight → (n, l, d_out), x's dtype.
+
+    order … rank_tile: `flora.tiles.SegmentTiles` for rows of l tokens.
+    """
+    check_product(x, weight, scales, A, B, bias)
+    (n, length, d_in), d_out = x.shape, weight.shape[0]
+    y = x.new_empty(n, length, d_out)
+    if not y.numel():
+        return y
+    config = config or config_for(num_tokens, rank_tile, x.element_size())
+    blocks = triton.cdiv(d_out, config.block_n)
+    together = min(TILES_TOGETHER, blocks)
+    _modulate_kernel[(triton.cdiv(blocks, together) * together * slot.shape[0],)](
+        *(x, weight, scales, A, B, bias, y, order, slot, rank, first, count),
+        *(slot.shape[0], length, d_in, d_out, A.shape[1]),
+        *(x.stride(0), x.stride(1), *weight.stride()),
+        PRODUCT=product_dtype(x.dtype),
+        MODULATION=product_dtype(A.dtype),
+        IS_INT8=scales is not None,
+        HAS_BIAS=bias is not None,
+        EVEN=d_in % config.block_k == 0,
+        TOGETHER=together,
+        BLOCK_M=num_tokens,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_R=rank_tile,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y

@@ -1,0 +1,318 @@
+"""The decode step as a graph: what is recorded once answers like the step itself, and nothing stale is ever replayed.
+
+There is no CUDA graph on a CPU. `record` is as strict as one: it notes the operations on tensors as they run, and repeats those
+alone, on the same tensors, into the same results. No line of the model's Python runs again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flora import Engine, Request, backend, ops
+from flora.engine import graphs
+from flora.engine.graphs import DecodeGraphs, StaticServing, needs_of
+from flora.engine.runner import PromptPiece
+from flora.errors import RequestError
+from flora.layers import AdaptedLinear, LayerPlan, ServingHolder
+
+
+class Recorder(TorchDispatchMode):
+    """Every operation that runs, with the tensors it had and those it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def record(function):
+    """A `Capture`. What it returns repeats the work; the first time it has not been done yet, as with a CUDA graph."""
+    with Recorder() as recorder:
+        output = function()
+
+    @torch.inference_mode()
+    def replay() -> None:
+        for operation, args, kwargs, old in recorder.calls:
+            homes = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
+            new = operation(*args, **kwargs)
+            for was, now in zip(tensors(old), tensors(new), strict=True):
+                if was.untyped_storage().data_ptr() not in homes:  # else it is a view, or what was written in place
+                    was.copy_(now)
+
+    output.fill_(torch.nan)  # until it is replayed
+    return replay, output
+
+
+@pytest.fixture
+def recording(checkpoints, monkeypatch):
+    """kind, options → an engine on the CPU whose decode steps are recorded and replayed, and the `DecodeGraphs` that it made."""
+    engines = []
+
+    def make(kind: str = "code", *tags: str, **options) -> tuple[Engine, list[DecodeGraphs]]:
+        engine, made = checkpoints[kind].engine(*tags, static_shapes=True, **options), []
+        make_core = engine._make_core
+
+        def noting(*arguments, **named):
+            core = make_core(*arguments, **named)
+            made.append(core.graphs)
+            return core
+
+        monkeypatch.setattr(engine, "_new_capture", lambda: record)
+        monkeypatch.setattr(engine, "_make_core", noting)
+        engines.append(engine)
+        return engine, made
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def code_requests(num_tokens: int = 9) -> list[Request]:
+    """Rows of every kind: two adapters of other ranks, one of them twice, and none; they leave at different steps."""
+    tags = ("aa", None, "cc", "aa", "bb")
+    return [
+        Request(prompt=text, adapter=tag, max_new_tokens=num_tokens + place, ignore_eos=True)
+        for place, (text, tag) in enumerate(zip(("a", "bc" * 5, "def", "g" * 12, "hi"), tags, strict=True))
+    ]
+
+
+def speech_requests(clips) -> list[Request]:
+    return [
+        Request(audio=clip, sampling_rate=16000, adapter=tag, max_new_tokens=6, ignore_eos=True)
+        for clip, tag in zip(clips, ("aa", None, "cc", "aa"), strict=True)
+    ]
+
+
+def tokens_of(engine: Engine, requests: list[Request], method: str) -> list[list[int]]:
+    """Each request's tokens, of a batch stepped to its end."""
+    generation = engine.start(requests, method)
+    while not generation.done:
+        generation.step()
+    return [completion.token_ids for completion in generation.completions]
+
+
+@pytest.mark.parametrize("method", ["flora", "flora-expand", "flora-modulate", "bmm-lora", "base"])
+@pytest.mark.parametrize("kind", ["code", "speech"])
+def test_a_replayed_step_answers_like_the_step_itself(kind, method, recording, clips, tiny_engines):
+    """Rows leave, and those that stay are captured in a smaller shape; spare rows change nothing."""
+    engine, made = recording(kind)
+    requests = code_requests() if kind == "code" else speech_requests(clips)
+    assert tokens_of(engine, requests, method) == tokens_of(tiny_engines[kind], requests, method)
+    assert made[0].failure is None and made[0].num_replayed > made[0].num_captured > 0
+
+
+@pytest.mark.parametrize("method", ["loop-lora", "sgmv-lora", "merged"])
+def test_what_cannot_be_captured_runs_as_ever(method, recording, tiny_engines):
+    engine, made = recording()
+    requests = [request for request in code_requests(3) if request.adapter is not None]
+    assert tokens_of(engine, requests, method) == tokens_of(tiny_engines["code"], requests, method)
+    assert made and not any(own.num_captured for own in made)
+
+
+@pytest.mark.parametrize("method", ["flora", "flora-modulate", "sgmv-lora"])
+def test_the_kernels_are_captured_and_take_other_batches_of_their_shape(method, monkeypatch):
+    """One layer: rows change places, and the adapter of one becomes another's."""
+    from kernels_on_cpu import DEVICE, kernels
+
+    monkeypatch.setattr(backend, "kernels_on", lambda device_type: kernels)
+    torch.manual_seed(0)
+    layers = {"mlp": AdaptedLinear(nn.Linear(16, 24).to(DEVICE), "mlp", ServingHolder())}
+    A, B, x = (torch.randn(*shape, device=DEVICE) for shape in ((4, 3, 16), (4, 3, 24), (4, 1, 16)))
+
+    def serving(slots: list[int]) -> EachLayer:
+        return EachLayer(method, {"mlp": LayerPlan(A, B, ops.route(slots, [0, 1, 3, 3], 3, DEVICE))})
+
+    with torch.inference_mode():
+        static = StaticServing(serving([1, 0, 2, 3]), layers)
+        layers["mlp"].holder.current = static
+        replay, y = record(lambda: layers["mlp"](x))
+        own = needs_of(static, layers)
+        for slots in ([3, 2, 0, 1], [0, 3, 1, 2]):
+            other = serving(slots)
+            needs = needs_of(other, layers)
+            assert needs.layout == own.layout and needs.addresses == own.addresses
+            for place, new in zip(own.numbers, needs.numbers, strict=True):
+                place.copy_(new)
+            replay()
+            layers["mlp"].holder.current = other
+            max_diff = (y - layers["mlp"](x)).abs().max().item()
+            assert max_diff < 1e-6, f"max_diff {max_diff:.3g}"
+
+
+@dataclass
+class EachLayer:
+    method: str
+    plans: dict[str, LayerPlan]
+
+    def plan(self, layer: str) -> LayerPlan:
+        return self.plans[layer]
+
+
+# ----------------------------------------------------------------------------------------------------- nothing stale
+
+
+class Steps:
+    """One engine's decode steps, made by hand: a prompt in each row, then token after token."""
+
+    def __init__(self, engine: Engine, tags, method: str = "flora", max_rows: int = 8) -> None:
+        self.engine, self.method = engine, method
+        self.slots = [engine.bank.pin_now(tag, method) for tag in tags]
+        self.core = engine._make_core(method, max_rows, 512)
+        self.cache, self.graphs, self.runner = self.core.cache, self.core.graphs, engine.runner
+        self.serving = engine.bank.arrange(self.slots, method)
+        self.cache.reserve(len(tags), 32)
+        encoded = [engine.runner.encode(Request(prompt="ab")) for _ in tags]
+        with torch.inference_mode():
+            engine.runner.prefill([PromptPiece(one, 0, 2) for one in encoded], self.cache, 0, self.serving)
+        self.position = 2
+
+    @torch.inference_mode()
+    def step(self) -> str:
+        """One step, and what it was: "ran", "captured" or "replayed". Its logits are those of the step itself, or this fails."""
+        n = len(self.slots)
+        arguments = ([self.position + place for place in range(n)], [self.position] * n, self.cache, 0, self.serving)
+        captured, replayed = self.graphs.num_captured, self.graphs.num_replayed
+        logits = self.graphs.decode(*arguments).clone()
+        expected = self.runner.decode(*arguments)
+        max_diff = (logits - expected).abs().max().item()
+        assert max_diff < 1e-5, f"max_diff {max_diff:.3g}"
+        self.position += 1
+        if self.graphs.num_captured > captured:
+            return "captured"
+        return "replayed" if self.graphs.num_replayed > replayed else "ran"
+
+
+def test_first_it_runs_then_it_is_captured_then_replayed(recording):
+    steps = Steps(recording()[0], ["aa", None])
+    assert [steps.step() for _ in range(4)] == ["ran", "captured", "replayed", "replayed"]
+
+
+def test_more_positions_in_sight_are_another_shape(recording):
+    steps = Steps(recording()[0], ["aa", None])
+    steps.cache.reserve(2, 128)
+    for _ in range(3):
+        steps.step()
+    steps.position = 64
+    assert [steps.step() for _ in range(3)] == ["ran", "captured", "replayed"]
+
+
+def test_layers_that_differ_are_told_apart_however_alike_their_layouts():
+    """An adapter that leaves out one of two layers: each has numbers of its own then, and a graph must copy both."""
+    layers = {name: AdaptedLinear(nn.Linear(16, 24), name, ServingHolder()) for name in ("up", "down")}
+    A, B = torch.randn(3, 1, 16), torch.randn(3, 1, 24)
+    one, other = (LayerPlan(A, B, ops.route(slots, [0, 1, 1], 1)) for slots in ([1, 0], [0, 2]))
+    assert one.routing.layout("bmm-lora") == other.routing.layout("bmm-lora")
+    alike = needs_of(EachLayer("bmm-lora", {"up": one, "down": one}), layers)
+    different = needs_of(EachLayer("bmm-lora", {"up": one, "down": other}), layers)
+    assert alike.layout != different.layout
+    assert len(alike.numbers) == 1 and len(different.numbers) == 2
+
+
+def test_another_batch_of_the_same_layout_is_replayed(recording):
+    """Two rows change places, and with them their adapters; the rows' numbers are copied, not captured anew."""
+    engine, _ = recording()
+    steps = Steps(engine, ["aa", "cc"], "bmm-lora")
+    for _ in range(2):
+        steps.step()
+    slots = {tag: engine.bank.pin_now(tag, "bmm-lora") for tag in ("aa", "cc")}
+    steps.serving = engine.bank.arrange([slots["cc"], slots["aa"]], "bmm-lora")
+    assert steps.step() == "replayed"
+    # Other ranks are another layout.
+    steps.serving = engine.bank.arrange([slots["cc"], slots["cc"]], "bmm-lora")
+    assert [steps.step() for _ in range(3)] == ["ran", "captured", "replayed"]
+
+
+@pytest.mark.parametrize("grows", ["rows", "positions"])
+def test_a_cache_that_has_grown_is_captured_anew(grows, recording):
+    steps = Steps(recording()[0], ["aa", None])
+    for _ in range(3):
+        steps.step()
+    steps.cache.reserve(*((6, 32) if grows == "rows" else (2, 100)))
+    assert [steps.step() for _ in range(3)] == ["ran", "captured", "replayed"]
+
+
+def test_a_bank_that_has_grown_is_captured_anew(recording, checkpoints):
+    """An adapter of a larger rank moves every layer's factors."""
+    engine, _ = recording("code", "aa")
+    steps = Steps(engine, ["aa", None])
+    for _ in range(3):
+        steps.step()
+    before = engine.bank.stack("flora", next(iter(engine.bank.layers))).A.data_ptr()
+    engine.add_adapter("cc", [checkpoints["code"].adapters["cc"]["flora"]])
+    engine.bank.pin_now("cc", "flora")
+    assert engine.bank.stack("flora", next(iter(engine.bank.layers))).A.data_ptr() != before
+    assert steps.step() == "replayed", "this batch still has the factors it was arranged with"
+    steps.serving = engine.bank.arrange(steps.slots, "flora")
+    assert [steps.step() for _ in range(3)] == ["ran", "captured", "replayed"]
+
+
+def test_a_step_that_cannot_be_captured_is_told_of_and_runs(recording, caplog):
+    steps = Steps(recording()[0], ["aa", None])
+
+    def fail(function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    steps.graphs._capture = fail
+    assert [steps.step() for _ in range(4)] == ["ran"] * 4
+    assert "not permitted" in steps.graphs.failure
+    assert len(caplog.records) == 1 and "could not be captured" in caplog.text
+
+
+def test_only_the_graphs_used_last_are_kept(recording, monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    engine, _ = recording()
+    steps = Steps(engine, ["aa", "aa"])
+    one = steps.serving
+    others = [engine.bank.arrange([steps.slots[0], 0], "flora"), engine.bank.arrange([0, 0], "flora")]
+    for steps.serving in (one, *others):
+        assert [steps.step() for _ in range(2)] == ["ran", "captured"]
+    assert steps.step() == "replayed"
+    steps.serving = one
+    assert steps.step() == "ran"
+
+
+def test_a_bias_that_an_adapter_changes_is_copied_too(recording):
+    """An adapter may scale a layer's output after its bias: rows with it and rows without it change places."""
+    engine, _ = recording("code", "aa")
+    steps = Steps(engine, ["aa", None], "bmm-lora")
+    name = next(name for name, layer in engine.bank.layers.items() if layer.bias is not None)
+    slot = steps.slots[0]
+    bias = engine.bank.layers[name].bias
+    engine.bank.stack("lora", name).biases[slot] = bias + torch.linspace(-1, 1, len(bias))
+    for slots in ([slot, 0], [0, slot]):
+        steps.serving = engine.bank.arrange(slots, "bmm-lora")
+        seen = [steps.step() for _ in range(3)]
+    assert seen == ["replayed"] * 3
+
+
+def test_graphs_are_for_gpus(checkpoints):
+    engine = checkpoints["code"].engine(static_shapes=True)
+    assert not engine.cuda_graphs and engine._new_capture() is None and engine.implementation == "pytorch"
+    with pytest.raises(RequestError, match="CUDA graphs need a GPU"):
+        checkpoints["code"].engine(static_shapes=True, cuda_graphs=True)
+
+
+def test_layouts_say_all_that_is_not_in_the_numbers():
+    """Two routings of one layout: the numbers of one, copied over the other's, make it the other."""
+    for method in ("flora", "bmm-lora"):
+        one, other = (ops.route(slots, [0, 2, 2, 1, 1], 2) for slots in ([1, 0, 3, 1], [2, 0, 4, 2]))
+        assert one.layout(method) == other.layout(method)
+        one.numbers.copy_(other.numbers)
+        assert one.slots.tolist() == other.slots.tolist()
+        assert one.expanded_component.tolist() == other.expanded_component.tolist()
+        assert [group.slots.tolist() for group in one.rank_groups] == [group.slots.tolist() for group in other.rank_groups]
+    assert one.layout("loop-lora") is one.layout("sgmv-lora") is None
