@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -306,8 +305,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command; 0 for done, 2 with one line on stderr for bad input, 130 when interrupted."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    # At import it warns on every CPU that an optional kernel is missing; 4-bit weights, which would use it, need a GPU here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Torch and the models' libraries take seconds to import: --help and a mistyped option answer at once.
     from flora.errors import FloraError
 
