@@ -272,7 +272,7 @@ def _add_int8(commands: argparse._SubParsersAction) -> None:
         metavar="INxOUT",
         help="widths; default: 256x768 768x256 2048x8192, the embedded code model's and StarCoderBase-1B's feed-forward layers",
     )
-    int8.add_argument("--tokens", nargs="+", type=int, default=[1, 16], metavar="N", help="of each row; default: 1 16")
+    int8.add_argument("--tokens", nargs="+", type=int, default=[1, 8], metavar="N", help="of each row; default: 1 8")
     int8.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16], metavar="R", help="default: 1 2 4 8 16")
     int8.add_argument("--rows", type=int, default=8, metavar="N", help="of the batch, each with an adapter of its own; default: 8")
     int8.add_argument("--rounds", type=int, default=9, metavar="N", help="each setting is measured so often; default: 9")
