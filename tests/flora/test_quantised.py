@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from bitsandbytes.nn import Linear8bitLt
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from tiny_bank import pinned_batch
 
 from flora import Engine, ModelError, Request
@@ -17,7 +17,7 @@ from flora.engine.runner import PromptPiece
 from flora.layers import AdaptedLinear, LayerPlan, ServingHolder
 from flora.models import load_model
 from flora.ops import route
-from flora.quantised import LLM_INT8_THRESHOLD, check_layers, threshold_of
+from flora.quantised import LLM_INT8_THRESHOLD, check_layers, quantised_parameter, threshold_of
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 D_IN, D_OUT, RANK = 128, 96, 3
@@ -106,6 +106,29 @@ def test_the_copies_of_flora_have_outliers_of_their_own():
     for method in ("bmm-lora", "flora"):
         outputs(layer, method, 4 * x, [0, 1, 2])
     assert x.abs().max() * 4 >= seen[0] > 0 and seen[1] > 1.5 * seen[0]
+
+
+@pytest.mark.parametrize("d_out", [96, 128, 200])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_weight_quantised_in_pieces_is_the_weight_quantised_whole(kind, d_out, monkeypatch):
+    monkeypatch.setattr("flora.quantised._QUANTISED_AT_ONCE", 64 * D_IN)  # pieces of 64 rows, the last one shorter
+    weight = torch.randn(d_out, D_IN, generator=torch.Generator().manual_seed(3))
+    make = {
+        "int8": lambda: Linear8bitLt(D_IN, d_out, bias=False, has_fp16_weights=False),
+        "nf4": lambda: Linear4bit(D_IN, d_out, bias=False, compress_statistics=False, quant_type="nf4"),
+    }[kind]
+    whole, pieces = make(), make()
+    whole.weight.data = weight.clone()
+    whole = whole.to("cpu").eval()
+    rows = iter(weight)
+    pieces.weight = quantised_parameter(
+        lambda count: torch.stack([next(rows) for _ in range(count)]), pieces.weight, pieces, torch.device("cpu")
+    )
+    assert next(rows, None) is None, "rows are left"
+    assert torch.equal(pieces.weight.data.flatten(), whole.weight.data.flatten())
+    x = torch.randn(3, D_IN, generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        assert torch.equal(pieces.eval()(x), whole(x))
 
 
 # ----------------------------------------------------------------------------------------------------------- whole models
