@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -47,6 +48,11 @@ def part_width(config: Config, d_in: int, split_k: int) -> int:
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 1 for the interpreter, which has nothing to fill."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def device_of(x: Tensor) -> AbstractContextManager:
+    """A context in which launches go to the device that x is on: Triton takes the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def product_dtype(dtype: torch.dtype) -> tl.dtype:

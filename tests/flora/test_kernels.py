@@ -7,13 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-import triton
-from kernels_on_cpu import DEVICE, kernels
+from kernels_on_cpu import DEVICE, kernels, triton
 from torch import nn
 from torch.library import opcheck
 from transformers.pytorch_utils import Conv1D
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from flora import backend, ops
 from flora.errors import AdapterError
@@ -288,8 +285,10 @@ def test_kernels_compile_for_an_h100(kernel, is_int8, tmp_path, monkeypatch):
             signature[name], constants[(place,)] = "constexpr", 1
         if not name.endswith("_list") and name not in ("n", "length", "num_tiles", "num_tokens", "rank_stride", "weight_in"):
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(triton.runtime.JITFunction(kernel.fn), signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
+    source = triton.compiler.ASTSource(triton.runtime.JITFunction(kernel.fn), signature, constants, attributes)
+    compiled = triton.compile(
+        source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3}
+    )
     assert compiled.asm["cubin"] and compiled.metadata.shared <= 227 << 10
     if kernel is not _sum_parts_kernel:
         assert "mma" in compiled.asm["ptx"], "no tensor cores"
@@ -396,7 +395,14 @@ def test_which_kernel_serves_a_batch():
     assert form("flora", distinct, 1, 4, has_matrix=False) is None
     for method in ("bmm-lora", "loop-lora", "merged", "base"):
         assert form(method, distinct, 1, 4) is None
-    assert form("flora", [1], 1, 129) is form("sgmv-lora", [1], 1, 129) is None
+
+
+def test_a_rank_that_no_kernel_is_made_for_is_told_of_once(caplog):
+    kernels._tell_of_rank.cache_clear()
+    routing = ops.route([1, 2], [0, 129, 1], 129)
+    for method in ("flora", "flora-expand", "flora-modulate", "sgmv-lora", "bmm-lora"):
+        assert kernels.form_of(method, 1, routing) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "rank above 128" in caplog.text
 
 
 @pytest.fixture
