@@ -4,8 +4,8 @@
     flora, flora-modulate  more of them: `modulate`, one launch
     sgmv-lora              `sgmv`, two launches beside the layer's own product
 
-What no kernel is made for (`form_of` is None) is served by PyTorch's own products: several tokens per row in the expanded form,
-where those are as good, and ranks above 128.
+What no kernel is made for (`form_of` is None) is served by PyTorch's own products: several tokens per row in the expanded form, and
+ranks above 128.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from flora.ops import Routing
 from flora.tiles import MAX_PLACES, ExpandedTiles, SegmentTiles
 
 logger = logging.getLogger(__name__)
-
 
 METHODS = ("flora", "flora-expand", "flora-modulate", "sgmv-lora")
 """Those that have kernels."""

@@ -14,7 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from flora import backend, ops
 from flora.errors import AdapterError
-from flora.kernels import operators
+from flora.kernels import decode as decode_kernel
+from flora.kernels import launch, operators
+from flora.kernels import modulate as modulate_kernel
 from flora.kernels.decode import _decode_kernel, _sum_parts_kernel, decode
 from flora.kernels.launch import Config
 from flora.kernels.modulate import _modulate_kernel, modulate
@@ -292,6 +294,24 @@ def test_kernels_compile_for_an_h100(kernel, is_int8, tmp_path, monkeypatch):
     assert compiled.asm["cubin"] and compiled.metadata.shared <= 227 << 10
     if kernel is not _sum_parts_kernel:
         assert "mma" in compiled.asm["ptx"], "no tensor cores"
+
+
+@pytest.mark.parametrize("limit", [227 << 10, 163 << 10, 99 << 10], ids=["h100", "a100", "rtx"])
+def test_tile_sizes_fit_the_devices_shared_memory(limit, monkeypatch):
+    """By the bytes of what lies there at once: steps under way and operands, and, when a row's places are summed, the sums."""
+    monkeypatch.setattr(launch, "shared_memory", lambda device: limit)
+    monkeypatch.setattr(decode_kernel, "shared_memory", lambda device: limit)
+    for places in (16, 32, 64, 128):
+        config = decode_kernel.config_for(places, 2, torch.device(DEVICE))
+        step, operands = (2 * places + config.block_n) * config.block_k * 2, (places + config.block_n) * config.block_k * 2
+        assert (config.num_stages - 1) * step + operands <= limit and 8 * places * config.block_n <= limit
+        assert config.num_stages == 4 or limit < 227 << 10, "an H100 has room for four"
+    for tokens in (16, 64, 256):
+        for rank in (16, 64, 128):
+            config = modulate_kernel.config_for(tokens, rank, 2, torch.device(DEVICE))
+            step = (tokens + config.block_n + rank) * config.block_k * 2
+            operands = (tokens * config.block_k + config.block_k * config.block_n + rank * config.block_n) * 2
+            assert (config.num_stages - 1) * step + operands <= limit
 
 
 # ------------------------------------------------------------------------------------------------------ how it is used
