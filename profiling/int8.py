@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 from bitsandbytes.nn import Linear8bitLt
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from flora import ops
 from flora.engine import Engine, Request
@@ -224,6 +225,7 @@ def run(options: argparse.Namespace) -> int:
         print("time over the bare 8-bit layer's, with 95 % intervals", cost_table(costs), sep="\n", end="\n\n")
         rows += [{"part": "cost", "dtype": "float32", **asdict(point)} for point in costs]
     if "batch" in options.part:
+        transformers_logging.disable_progress_bar()  # the models that ship load in a blink
         batches = [point for kind in ("code", "speech") for point in measure_batch(kind, device=device)]
         print("the same request alone and in a batch", batch_table(batches), sep="\n")
         rows += [{"part": "batch", "dtype": "float32", **asdict(point)} for point in batches]

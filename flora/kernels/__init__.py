@@ -4,13 +4,15 @@
     flora, flora-modulate  more of them: `modulate`, one launch
     sgmv-lora              `sgmv`, two launches beside the layer's own product
 
-What no kernel is made for (`form_of` is None) is served by PyTorch's own products: several tokens per row in the expanded form,
-where those are as good, and ranks above 128.
+What no kernel is made for (`form_of` is None) is served by PyTorch's own products: several tokens per row in the expanded form, and
+ranks above 128.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable
+from functools import cache
 
 from torch import Tensor
 from torch.nn.functional import linear
@@ -20,18 +22,30 @@ from flora.kernels.sgmv import TILE
 from flora.ops import Routing
 from flora.tiles import MAX_PLACES, ExpandedTiles, SegmentTiles
 
+logger = logging.getLogger(__name__)
+
+METHODS = ("flora", "flora-expand", "flora-modulate", "sgmv-lora")
+"""Those that have kernels."""
+
+
+@cache
+def _tell_of_rank() -> None:
+    """Once: what is slow for this reason should not be taken for the kernels' speed."""
+    logger.warning(f"adapters of a rank above {MAX_PLACES} are served by PyTorch's own products, not by the Triton kernels")
+
 
 def form_of(method: str, length: int, routing: Routing, has_matrix: bool = True) -> str | None:
     """Which kernel serves rows of `length` tokens: "decode", "modulate", "sgmv", or None where none does.
 
     has_matrix: whether kernels can read the layer's weight; where only the layer itself knows it, there is just "sgmv".
     """
+    if method not in METHODS or not (has_matrix or method == "sgmv-lora"):
+        return None
     if routing.max_rank > MAX_PLACES:
+        _tell_of_rank()
         return None
     if method == "sgmv-lora":
         return "sgmv"
-    if not has_matrix or method not in ("flora", "flora-expand", "flora-modulate"):
-        return None
     if method == "flora-modulate" or (method == "flora" and routing.cheaper_kernel(length) == "flora-modulate"):
         return "modulate"
     return "decode" if length == 1 else None

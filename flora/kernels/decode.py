@@ -22,9 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flora.kernels.launch import INTERPRETED, Config, check_product, part_width, product_dtype, split_of
+from flora.kernels.launch import INTERPRETED, Config, check_product, part_width, product_dtype, shared_memory, split_of, stages_for
 
 REDUCED_AT_ONCE = 1024
+
+SUMMED_BYTES = 8
+"""Shared memory that summing each row's places takes, for each place and output of a tile."""
 
 
 @triton.jit
@@ -137,12 +140,16 @@ def _sum_parts_kernel(
     tl.store(y + places, total.to(y.dtype.element_ty), is_used)
 
 
-def config_for(num_places: int, element_size: int) -> Config:
-    """Tile sizes by the places of a tile and the bytes of an element of x. They fit an H100's shared memory."""
-    block_n, num_warps = (64, 4) if num_places <= 32 else (128, 4) if num_places <= 64 else (128, 8)
+def config_for(num_places: int, element_size: int, device: torch.device) -> Config:
+    """Tile sizes by the places of a tile and the bytes of an element of x."""
     if element_size == 4:
-        return Config(block_n=64, block_k=32, split_k=0, num_warps=num_warps, num_stages=2)
-    return Config(block_n, block_k=128 if num_places <= 32 else 64, split_k=0, num_warps=num_warps, num_stages=4)
+        return Config(block_n=64, block_k=32, split_k=0, num_warps=8, num_stages=1)
+    block_n, block_k = (64, 128) if num_places <= 32 else (128, 64)
+    if num_places * block_n * SUMMED_BYTES > shared_memory(device):
+        block_n = 64
+    step, operands = (2 * num_places + block_n) * block_k * element_size, (num_places + block_n) * block_k * element_size
+    num_stages = stages_for(step, operands, 4, device)
+    return Config(block_n, block_k, split_k=0, num_warps=8 if num_places > 64 else 4, num_stages=num_stages)
 
 
 def decode(
@@ -166,7 +173,7 @@ def decode(
     check_product(x, weight, scales, A, B, bias)
     (n, d_in), d_out = x.shape, weight.shape[0]
     num_places, num_rows = row.shape[0] // num_tiles, tile_row.shape[0] // num_tiles
-    config = config or config_for(num_places, x.element_size())
+    config = config or config_for(num_places, x.element_size(), x.device)
     blocks = triton.cdiv(d_out, config.block_n)
     split_k = split_of(config, num_tiles * blocks, d_in, x.device)
     part = part_width(config, d_in, split_k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -47,6 +48,28 @@ def part_width(config: Config, d_in: int, split_k: int) -> int:
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 1 for the interpreter, which has nothing to fill."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have; an H100's for the interpreter, which has no such limit."""
+    if device.type != "cuda":
+        return 227 << 10
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+def stages_for(step: int, operands: int, most: int, device: torch.device) -> int:
+    """How many steps along d_in may be under way at once, `most` at the most: each but one waits in shared memory.
+
+    step: bytes that are loaded for one; operands: bytes of what is multiplied, which lies there too.
+    """
+    return max(1, min(most, 1 + (shared_memory(device) - operands) // step))
+
+
+def device_of(x: Tensor) -> AbstractContextManager:
+    """A context in which launches go to the device that x is on: Triton takes the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def product_dtype(dtype: torch.dtype) -> tl.dtype:

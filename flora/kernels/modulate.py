@@ -15,11 +15,12 @@ Multiply-adds: (T + R) · d_in · d_out for each tile of tokens: beside the prod
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flora.kernels.launch import Config, check_product, product_dtype
+from flora.kernels.launch import Config, check_product, product_dtype, stages_for
 
 TILES_TOGETHER = 8
 """Tiles of outputs whose programs run together, token tile by token tile, so that both x and the weight are found in the cache."""
@@ -116,11 +117,15 @@ def _modulate_kernel(
     tl.store(y_tile, total.to(y.dtype.element_ty), is_used[:, None] & is_output[None, :])
 
 
-def config_for(num_tokens: int, rank_tile: int, element_size: int) -> Config:
-    """Tile sizes by the tokens of a tile, the rank and the bytes of an element of x. They fit an H100's shared memory."""
+def config_for(num_tokens: int, rank_tile: int, element_size: int, device: torch.device) -> Config:
+    """Tile sizes by the tokens of a tile, the rank and the bytes of an element of x."""
     if element_size == 4:
-        return Config(block_n=64, block_k=32, num_warps=4, num_stages=2)
-    return Config(block_n=128, block_k=64, num_warps=8 if num_tokens >= 64 else 4, num_stages=3 if rank_tile <= 64 else 2)
+        return Config(block_n=64, block_k=32, num_warps=8, num_stages=1)
+    block_n, block_k = 128, 64
+    step = (num_tokens + block_n + rank_tile) * block_k * element_size
+    operands = (num_tokens * block_k + block_k * block_n + rank_tile * block_n) * element_size
+    num_stages = stages_for(step, operands, 3, device)
+    return Config(block_n, block_k, num_warps=8 if num_tokens >= 64 else 4, num_stages=num_stages)
 
 
 def modulate(
@@ -148,7 +153,7 @@ def modulate(
     y = x.new_empty(n, length, d_out)
     if not y.numel():
         return y
-    config = config or config_for(num_tokens, rank_tile, x.element_size())
+    config = config or config_for(num_tokens, rank_tile, x.element_size(), x.device)
     blocks = triton.cdiv(d_out, config.block_n)
     together = min(TILES_TOGETHER, blocks)
     _modulate_kernel[(triton.cdiv(blocks, together) * together * slot.shape[0],)](

@@ -11,6 +11,7 @@ from torch.library import custom_op
 from flora.kernels import decode as decode_kernel
 from flora.kernels import modulate as modulate_kernel
 from flora.kernels import sgmv as sgmv_kernel
+from flora.kernels.launch import device_of
 
 
 @custom_op("flora::decode", mutates_args=())
@@ -28,7 +29,8 @@ def decode(
     num_tiles: int,
 ) -> Tensor:
     """x (n, d_in) → (n, d_out), as `flora.kernels.decode.decode`."""
-    return decode_kernel.decode(x, weight, scales, A, B, bias, row, component, owner, tile_row, num_tiles)
+    with device_of(x):
+        return decode_kernel.decode(x, weight, scales, A, B, bias, row, component, owner, tile_row, num_tiles)
 
 
 @decode.register_fake
@@ -53,7 +55,8 @@ def modulate(
     rank_tile: int,
 ) -> Tensor:
     """x (n, l, d_in) → (n, l, d_out), as `flora.kernels.modulate.modulate`."""
-    return modulate_kernel.modulate(x, weight, scales, A, B, bias, order, slot, rank, first, count, num_tokens, rank_tile)
+    with device_of(x):
+        return modulate_kernel.modulate(x, weight, scales, A, B, bias, order, slot, rank, first, count, num_tokens, rank_tile)
 
 
 @modulate.register_fake
@@ -75,7 +78,8 @@ def sgmv_add_(
     rank_tile: int,
 ) -> None:
     """Adds to y (n, l, d_out) in place, as `flora.kernels.sgmv.sgmv_add_`."""
-    sgmv_kernel.sgmv_add_(y, x, A, B, order, slot, rank, first, count, rank_tile)
+    with device_of(x):
+        sgmv_kernel.sgmv_add_(y, x, A, B, order, slot, rank, first, count, rank_tile)
 
 
 @sgmv_add_.register_fake

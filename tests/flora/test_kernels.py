@@ -7,17 +7,16 @@ from functools import partial
 
 import pytest
 import torch
-import triton
-from kernels_on_cpu import DEVICE, kernels
+from kernels_on_cpu import DEVICE, kernels, triton
 from torch import nn
 from torch.library import opcheck
 from transformers.pytorch_utils import Conv1D
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from flora import backend, ops
 from flora.errors import AdapterError
-from flora.kernels import operators
+from flora.kernels import decode as decode_kernel
+from flora.kernels import launch, operators
+from flora.kernels import modulate as modulate_kernel
 from flora.kernels.decode import _decode_kernel, _sum_parts_kernel, decode
 from flora.kernels.launch import Config
 from flora.kernels.modulate import _modulate_kernel, modulate
@@ -288,11 +287,31 @@ def test_kernels_compile_for_an_h100(kernel, is_int8, tmp_path, monkeypatch):
             signature[name], constants[(place,)] = "constexpr", 1
         if not name.endswith("_list") and name not in ("n", "length", "num_tiles", "num_tokens", "rank_stride", "weight_in"):
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(triton.runtime.JITFunction(kernel.fn), signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3})
+    source = triton.compiler.ASTSource(triton.runtime.JITFunction(kernel.fn), signature, constants, attributes)
+    compiled = triton.compile(
+        source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3}
+    )
     assert compiled.asm["cubin"] and compiled.metadata.shared <= 227 << 10
     if kernel is not _sum_parts_kernel:
         assert "mma" in compiled.asm["ptx"], "no tensor cores"
+
+
+@pytest.mark.parametrize("limit", [227 << 10, 163 << 10, 99 << 10], ids=["h100", "a100", "rtx"])
+def test_tile_sizes_fit_the_devices_shared_memory(limit, monkeypatch):
+    """By the bytes of what lies there at once: steps under way and operands, and, when a row's places are summed, the sums."""
+    monkeypatch.setattr(launch, "shared_memory", lambda device: limit)
+    monkeypatch.setattr(decode_kernel, "shared_memory", lambda device: limit)
+    for places in (16, 32, 64, 128):
+        config = decode_kernel.config_for(places, 2, torch.device(DEVICE))
+        step, operands = (2 * places + config.block_n) * config.block_k * 2, (places + config.block_n) * config.block_k * 2
+        assert (config.num_stages - 1) * step + operands <= limit and 8 * places * config.block_n <= limit
+        assert config.num_stages == 4 or limit < 227 << 10, "an H100 has room for four"
+    for tokens in (16, 64, 256):
+        for rank in (16, 64, 128):
+            config = modulate_kernel.config_for(tokens, rank, 2, torch.device(DEVICE))
+            step = (tokens + config.block_n + rank) * config.block_k * 2
+            operands = (tokens * config.block_k + config.block_k * config.block_n + rank * config.block_n) * 2
+            assert (config.num_stages - 1) * step + operands <= limit
 
 
 # ------------------------------------------------------------------------------------------------------ how it is used
@@ -396,7 +415,14 @@ def test_which_kernel_serves_a_batch():
     assert form("flora", distinct, 1, 4, has_matrix=False) is None
     for method in ("bmm-lora", "loop-lora", "merged", "base"):
         assert form(method, distinct, 1, 4) is None
-    assert form("flora", [1], 1, 129) is form("sgmv-lora", [1], 1, 129) is None
+
+
+def test_a_rank_that_no_kernel_is_made_for_is_told_of_once(caplog):
+    kernels._tell_of_rank.cache_clear()
+    routing = ops.route([1, 2], [0, 129, 1], 129)
+    for method in ("flora", "flora-expand", "flora-modulate", "sgmv-lora", "bmm-lora"):
+        assert kernels.form_of(method, 1, routing) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "rank above 128" in caplog.text
 
 
 @pytest.fixture

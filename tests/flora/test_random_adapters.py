@@ -125,9 +125,10 @@ def test_peft_loads_random_lora_and_answers_as_the_engine(kind, checkpoints, tmp
     folder = tiny_models.save_gpt2_model(tmp_path / "gpt2") if kind == "gpt2" else checkpoints[kind].model
     engine = Engine.from_pretrained(folder, device="cpu")
     made = RandomAdapters(engine.bank.layers, "lora", 3, strength=0.5)
-    (path,) = made.write(tmp_path, 1, base_model="some/model", task_type=None if kind == "speech" else "CAUSAL_LM").values()
+    base_model, task_type = f"some/{folder.name}", None if kind == "speech" else "CAUSAL_LM"
+    (path,) = made.write(tmp_path, 1, base_model, task_type).values()
     config = json.loads((path / CONFIG_FILE).read_text())
-    assert config["base_model_name_or_path"] == "some/model" and config["fan_in_fan_out"] == (kind == "gpt2")
+    assert config["base_model_name_or_path"] == base_model and config["fan_in_fan_out"] == (kind == "gpt2")
     engine.add_adapter("random", path)
     plain = tiny_models.load_plain(folder)
     ids = torch.arange(2, 14)[None]
