@@ -665,9 +665,8 @@ def stocked(bank) -> AdapterBank:
 
 
 def test_which_family_a_method_serves(stocked):
-    methods = ("flora", "flora-expand", "flora-modulate", "bmm-lora", "loop-lora", "sgmv-lora", "merged", "base")
-    of_both = ("flora", "flora", "flora", "lora", "lora", "lora", "flora", None)
-    assert [stocked.family_for("jl", method) for method in methods] == list(of_both)
+    of_both = ("flora", "flora", "flora", "lora", "lora", "lora", "flora", "flora", None)
+    assert [stocked.family_for("jl", method) for method in ops.METHODS] == list(of_both)
     assert stocked.family_for("rb", "merged") == "lora"
 
 
