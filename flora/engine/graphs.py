@@ -75,7 +75,7 @@ class StaticServing:
             plan = serving.plan(name)
             if plan is not None:
                 # What a layer keeps of one batch's factors is none of another's.
-                routing = replace(deepcopy(replace(plan.routing, _kept=None), copies), _kept=None)
+                routing = deepcopy(replace(plan.routing, _kept=None), copies)
                 plan = replace(plan, routing=routing, bias=None if plan.bias is None else plan.bias.clone())
             self._plans[name] = plan
 
