@@ -26,6 +26,7 @@ from flora import ops
 from flora.errors import AdapterError, UnknownAdapterError
 from flora.formats import Adapter
 from flora.layers import AdaptedLinear, LayerPlan, ServingHolder
+from flora.routing import Routing, route
 from flora.store import AdapterCounters, AdapterStore, Layout, PackedAdapter, PackedFactors, Reload, StoredAdapter, pack
 
 IDENTITY_SLOT = 0
@@ -113,7 +114,7 @@ class BatchServing:
         self.family = family
         self._layouts = [] if family is None else list(dict.fromkeys(bank.layouts(self.slots, family)))
         self._plans: dict[str, LayerPlan | None] = {}
-        self._routings: dict[tuple[tuple[int, ...], int], ops.Routing] = {}
+        self._routings: dict[tuple[tuple[int, ...], int], Routing] = {}
         self._merged_weights = bank.merged_weights(self.slots, family) if method == "merged" and family is not None else None
 
     def plan(self, layer: str) -> LayerPlan | None:
@@ -131,7 +132,7 @@ class BatchServing:
         if key not in self._routings:
             # A slot without factors on this layer runs as the identity there.
             slots = [slot if stack.ranks[slot] else IDENTITY_SLOT for slot in self.slots]
-            self._routings[key] = ops.route(slots, stack.ranks, stack.rank_stride, self.bank.device)
+            self._routings[key] = route(slots, stack.ranks, stack.rank_stride, self.bank.device)
         merged_weight = None if self._merged_weights is None else self._merged(layer, stack)
         routing = self._routings[key]
         if self._keeps_factors(stack):
@@ -170,7 +171,7 @@ class MixedServing(BatchServing):
         self._multiplied = BatchServing(bank, _others_bare(slots, adds, False), "flora-expand", "flora")
         self._added = BatchServing(bank, _others_bare(slots, adds, True), "bmm-lora", "lora")
         self._adds = torch.tensor(adds, device=bank.device)[:, None, None]  # (n, 1, 1)
-        self._bare = ops.route([IDENTITY_SLOT] * len(slots), [0], 1, bank.device)
+        self._bare = route([IDENTITY_SLOT] * len(slots), [0], 1, bank.device)
 
     def _make_plan(self, layer: str) -> LayerPlan | None:
         multiplied, added = self._multiplied.plan(layer), self._added.plan(layer)

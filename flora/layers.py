@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flora import backend, ops
 from flora.errors import AdapterError
+from flora.routing import Routing
 
 
 @dataclass
@@ -26,7 +27,7 @@ class LayerPlan:
 
     A: Tensor  # (slots, r, d_in)
     B: Tensor  # (slots, r, d_out)
-    routing: ops.Routing
+    routing: Routing
     merged_weight: Tensor | None = None  # (d_out, d_in), method `merged` only: the whole batch has one adapter
     bias: Tensor | None = None  # where an adapter changes the layer's own: (d_out,), or (n, 1, d_out) where rows differ
     added: ops.AddedRows | None = None  # method `mixed` only: the rows whose adapters add
@@ -121,7 +122,7 @@ class AdaptedLinear(nn.Module):
             return None
         return ops.for_one_token(method, self.weight, plan.A, plan.B, plan.routing, bias)
 
-    def _kernel(self, method: str, length: int, routing: ops.Routing) -> str | None:
+    def _kernel(self, method: str, length: int, routing: Routing) -> str | None:
         """Which kernel serves rows of `length` tokens here, or None for PyTorch's own products, which alone have gradients."""
         kernels = backend.kernels_on(routing.slots.device.type)
         if kernels is None or torch.is_grad_enabled():
@@ -134,7 +135,7 @@ class AdaptedLinear(nn.Module):
             return weight_of(self.base), None
         return int8_of(self.base)
 
-    def decode_reads(self, method: str, routing: ops.Routing) -> tuple[Hashable, Tensor] | None:
+    def decode_reads(self, method: str, routing: Routing) -> tuple[Hashable, Tensor] | None:
         """What a decode step of this layer takes of a routing: all that is not in its tensor, and the tensor with the rest.
 
         None where a captured graph cannot be replayed for another batch: the layer's product may wait for the device, or the

@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from flora.kernels import operators
 from flora.kernels.sgmv import TILE
-from flora.ops import Routing
+from flora.routing import Routing
 from flora.tiles import MAX_PLACES, ExpandedTiles, SegmentTiles
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from flora import ops
 from flora.errors import AdapterError, RequestError
 from flora.layers import features_of, is_black_box, product_of, weight_of
+from flora.routing import Routing, route
 from flora.tuner.config import FloraConfig, initial_factors
 from flora.tuner.quantised import Stored, keep_trainable, plain_weight, restore_weight, store_weight, stored_weight
 
@@ -128,7 +129,7 @@ class FloraLinear(nn.Module, BaseTunerLayer):
         y = self._serve(rows, A, B, _routing(slots, ranks, A.shape[1], x.device))
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def _serve(self, x: Tensor, A: Tensor, B: Tensor, routing: ops.Routing) -> Tensor:
+    def _serve(self, x: Tensor, A: Tensor, B: Tensor, routing: Routing) -> Tensor:
         base = self.base_layer
         if is_black_box(base):
             return ops.expand_around(partial(product_of, base), x, A, B, routing, base.bias)
@@ -168,7 +169,7 @@ class FloraLinear(nn.Module, BaseTunerLayer):
 
 
 @lru_cache(maxsize=256)
-def _routing(slots: tuple[int, ...], ranks: tuple[int, ...], rank_stride: int, device: torch.device) -> ops.Routing:
-    """`ops.route`, once for all layers and steps that ask the same."""
+def _routing(slots: tuple[int, ...], ranks: tuple[int, ...], rank_stride: int, device: torch.device) -> Routing:
+    """`flora.routing.route`, once for all layers and steps that ask the same."""
     with torch.inference_mode(False):  # its tensors may later be saved for a backward pass
-        return ops.route(slots, ranks, rank_stride, device)
+        return route(slots, ranks, rank_stride, device)
