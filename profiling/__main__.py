@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from profiling.options import add_weights
+
 COMMANDS = {
     "compare": "profiling.compare_command",
     "load": "profiling.load_command",
@@ -65,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_models(command: argparse.ArgumentParser, with_adapters: bool = True) -> None:
     """Which models, and which adapters of them."""
     for kind in ("code", "speech"):
-        command.add_argument(f"--{kind}-model", metavar="MODEL", help=f"folder or hub id; default: the embedded {kind} model")
+        command.add_argument(
+            f"--{kind}-model", metavar="MODEL", help=f"folder, hub id or short name; default: the embedded {kind} one"
+        )
         if with_adapters:
             command.add_argument(
                 f"--{kind}-adapters",
@@ -73,6 +77,7 @@ def _add_models(command: argparse.ArgumentParser, with_adapters: bool = True) ->
                 metavar="TAG=FOLDER",
                 help="a tag may be given twice, once per family; default: the adapters that ship",
             )
+    add_weights(command)
 
 
 def _add_machine(command: argparse.ArgumentParser) -> None:

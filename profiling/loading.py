@@ -35,15 +35,23 @@ def load_engine(kind: str, options: argparse.Namespace, with_adapters: bool = Tr
 
     A model of one's own comes without the adapters that ship. Raises ModelError where the model is of another kind.
     """
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
     model, embedded = getattr(options, f"{kind}_model"), workload.ASSETS / "models" / kind
+    if model is None or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # the models that ship load in a blink
     adapters = {}
     if with_adapters and (given := getattr(options, f"{kind}_adapters")):
         adapters = workload.given_adapters(given)
     elif with_adapters and (model is None or Path(model).resolve() == embedded):
         adapters = workload.discover_adapters(workload.ASSETS / "adapters" / kind)
-    engine = Engine.from_pretrained(model or embedded, adapters, device=options.device, dtype=options.dtype, **engine_options)
+    engine = Engine.from_pretrained(
+        model or embedded,
+        adapters,
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        weights=options.weights,
+        **engine_options,
+    )
     if engine.kind != kind:
         raise ModelError(f"--{kind}-model names the {engine.kind} model {engine.name!r}: give a {kind} model")
     return engine
