@@ -47,6 +47,8 @@ class AdapterInfo:
     layers: dict[str, int]  # number of adapted layers by family
     size_bytes: int
     sources: tuple[str, ...]
+    peft_types: tuple[str | None, ...]  # as `families`: what each checkpoint calls itself
+    base_models: tuple[str | None, ...]  # as `families`: what each checkpoint says it was made for
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,8 @@ class AdapterBank:
             layers={adapter.family: len(adapter.factors) for adapter in adapters},
             size_bytes=packed.size_bytes,
             sources=tuple(adapter.source for adapter in adapters),
+            peft_types=tuple(adapter.peft_type for adapter in adapters),
+            base_models=tuple(adapter.base_model for adapter in adapters),
         )
         digest = None if reload is None else packed.digest()
         return PreparedAdapter(info, StoredAdapter(name, packed, packed.size_bytes, reload, digest))

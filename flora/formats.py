@@ -40,7 +40,8 @@ class Adapter:
 
     factors: layer → A (r, d_in), B (r, d_out), float32, every scale folded into B; None stands for a side that is all ones, as
     wide as the layer. source: the folder or hub id as it was given. scaled_biases: the layers whose bias is multiplied too, by
-    the sum of B over components (IA3 that scales an output); everywhere else the bias is added as it is.
+    the sum of B over components (IA3 that scales an output); everywhere else the bias is added as it is. peft_type: what the
+    checkpoint calls itself, such as "LORA"; None for factors that were read from none.
     """
 
     family: str
@@ -48,6 +49,7 @@ class Adapter:
     base_model: str | None
     source: str
     scaled_biases: frozenset[str] = frozenset()
+    peft_type: str | None = None
 
     @property
     def rank(self) -> int:
@@ -83,7 +85,7 @@ def read_adapter(source: str | Path) -> Adapter:
     if not tensors:
         raise CheckpointError(f"adapter {name}: {WEIGHTS_FILE} holds no adapter weights")
     family, factors, scaled_biases = _READERS[peft_type](config, tensors, name)
-    return Adapter(family, factors, config.get("base_model_name_or_path"), str(source), scaled_biases)
+    return Adapter(family, factors, config.get("base_model_name_or_path"), str(source), scaled_biases, peft_type)
 
 
 def write_flora(folder: str | Path, factors: dict[str, tuple[Tensor, Tensor]], config: dict) -> None:
