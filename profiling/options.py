@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import argparse
 
+RIGHTS = {
+    "upload": "adding an adapter by upload",
+    "hub": "adding an adapter from the hub",
+    "folders": "adapters and models from the server's folders",
+    "models": "loading another model for everybody",
+    "manage": "replacing and removing adapters that others added, or that ship",
+}
+"""What visitors of the page can be allowed, and what each is in words."""
+
+ELSEWHERE = frozenset({"upload"})
+"""What anybody may do on a page that others can reach, unless the command line says otherwise."""
+
 
 def add_weights(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Which weights the models have, as `profiling.loading.load_engine` reads them."""
@@ -14,3 +26,15 @@ def add_weights(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> No
         help="random: the model's true shapes without any download, for measuring speed; default: pretrained",
     )
     parser.add_argument("--quantize", choices=("int8", "nf4"), help="load the weights in 8 or 4 bits; default: as they are")
+
+
+def add_rights(parser: argparse.ArgumentParser) -> None:
+    """--allow, as `profiling.dashboard.policy.Policy.of_command_line` reads it."""
+    parser.add_argument(
+        "--allow",
+        nargs="+",
+        choices=(*RIGHTS, "all", "none"),
+        metavar="WHAT",
+        help=f"what visitors may change: {', '.join(f'{name} ({words})' for name, words in RIGHTS.items())}; or all, or none. "
+        f"Default: all for whoever sits at this machine while the page is served to it alone, else {' '.join(ELSEWHERE)}",
+    )
