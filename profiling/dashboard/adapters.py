@@ -32,6 +32,7 @@ MAX_OF_ONE_VISITOR = 8
 MAX_AT_ONCE = 3  # that are read and checked at once
 STAY_S = 3600.0  # how long the adapters stay of visitors that may not manage others'
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+_INDEX = re.compile(r"#\d{1,9}$")  # which one, of a checkpoint that holds several
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -87,7 +88,7 @@ class AdapterDesk:
         place = os.path.expanduser((folder or "").strip())
         if not place:
             raise CheckpointError(f"name the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-        if not os.path.isdir(place):
+        if not os.path.isdir(place) and not os.path.isdir(_INDEX.sub("", place)):
             raise CheckpointError("there is no such folder on the server")
         with self._place(visitor, tag):
             return self._add(visitor, tag, Path(place).absolute())

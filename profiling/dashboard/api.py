@@ -123,7 +123,7 @@ def _add_adapter(desk: AdapterDesk, visitor: Visitor, tag: Any, files: Any, hub:
         if len(ways) != 1:
             raise RequestError('Give one of "files", "hub" and "folder".')
         if files is not None:
-            if not isinstance(files, list) or len(files) > 2:
+            if not isinstance(files, list) or len(files) > 10:
                 raise RequestError('"files" must be a list: [handle_file("mine.zip")], or the two files of a PEFT folder.')
             kind, info = desk.upload(visitor, tag, [_uploaded(file, CheckpointError, _UPLOAD_FILES) for file in files])
         elif not isinstance(ways[0], str):

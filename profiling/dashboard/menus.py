@@ -68,7 +68,7 @@ class Following:
         self.outputs = [self.seen, *(part for follower in followers for part in follower.outputs)]
 
     def connect(self, selected: Sequence[Callable], changes: Sequence[Callable], opened: Callable) -> None:
-        """Look for news when a tab is selected, after each of the changes this page makes, and when a menu or the page is opened."""
+        """Look for news when a tab is selected, after each change that the page makes, and when a menu or the page is opened."""
         quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         menus = [menu.focus for follower in self.followers for menu in follower.menus]
         gr.on([*selected, *menus], self.look, self.inputs, self.outputs, **quiet)

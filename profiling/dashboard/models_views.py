@@ -35,8 +35,8 @@ _FACTS = {
 def model_template(kind: str) -> str:
     """The place of one model's facts."""
     facts = "".join(f'<div><dt>{words}</dt><dd data-cell="{name}">{_NOTHING}</dd></div>' for name, words in _FACTS.items())
-    head = f'<h2 class="panel-title">{kind} model</h2><p class="model-name"><b data-cell="name"></b> <span data-cell="architecture"></span></p>'
-    return f'{head}<dl class="model-facts">{facts}</dl>'
+    name = '<p class="model-name"><b data-cell="name"></b> <span data-cell="architecture"></span></p>'
+    return f'<h2 class="panel-title">{kind} model</h2>{name}<dl class="model-facts">{facts}</dl>'
 
 
 def model(engine: Engine) -> dict[str, Any]:
@@ -183,9 +183,7 @@ STATUS_TEMPLATE = (
 )
 
 
-TABLE_STATUS_TEMPLATE = (
-    '<div class="status table-status" data-cell="status"><p class="words" data-cell="words" role="status"></p></div>'
-)
+TABLE_STATUS_TEMPLATE = '<div class="status" data-cell="status"><p class="words" data-cell="words" role="status"></p></div>'
 
 
 def status(state: str, words: str) -> dict[str, Any]:

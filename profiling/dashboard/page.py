@@ -12,6 +12,7 @@ from typing import Any
 
 import gradio as gr
 import torch
+from starlette.middleware import Middleware
 
 from flora.engine import Engine
 from profiling import workload
@@ -28,6 +29,7 @@ from profiling.dashboard.models import ModelDesk
 from profiling.dashboard.models_tab import build_models_tab
 from profiling.dashboard.policy import Policy
 from profiling.dashboard.theme import CSS_FILE, theme
+from profiling.dashboard.upload_quota import UploadQuota
 from profiling.dashboard.uploads import MAX_UPLOAD_BYTES
 
 TITLE = "fLoRA Live"
@@ -113,7 +115,7 @@ def launch_options(demo: Page) -> dict[str, Any]:
     return {
         "theme": theme(),
         "css_paths": CSS_FILE,
-        "app_kwargs": {"routes": [plotly_route()]},
+        "app_kwargs": {"routes": [plotly_route()], "middleware": [Middleware(UploadQuota, most_bytes=largest + 64_000)]},
         "allowed_paths": [str(workload.ASSETS / "clips")],
         "max_file_size": largest,
         "show_error": False,

@@ -25,7 +25,7 @@ MAX_CONFIG_BYTES = 256 << 10
 MAX_HEADER_BYTES = 4 << 20  # of the safetensors file: names, shapes
 MAX_TENSORS = 5_000
 MAX_NAME_CHARACTERS = 150
-MAX_PATTERNS = 500  # names of layers among them
+MAX_PATTERNS = 200  # names of layers among them
 MAX_SEARCHES = 4  # patterns that repeat something
 
 _FILES = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_UPLOAD_BYTES}
@@ -55,12 +55,14 @@ def _copy(files: Sequence[Path], folder: Path) -> None:
     names = [file.name for file in files]
     if not names:
         raise CheckpointError(f"nothing was uploaded: {_GIVE}")
-    _no_pickle(names)
-    if sorted(names) != sorted(_FILES):
+    if WEIGHTS_FILE not in names:
+        _no_pickle(names)
+    if sorted(name for name in names if name in _FILES) != sorted(_FILES):
         raise CheckpointError(f"the upload is {_listed(names)}: {_GIVE}")
     for file in files:
-        with file.open("rb") as source:
-            _write(source, folder / file.name, _FILES[file.name])
+        if file.name in _FILES:  # the folder's README stays where it is
+            with file.open("rb") as source:
+                _write(source, folder / file.name, _FILES[file.name])
 
 
 def _unpack_zip(file: Path, folder: Path) -> None:
