@@ -12,7 +12,7 @@ import gradio as gr
 
 from flora.errors import FloraError
 from profiling.dashboard import models_views as views
-from profiling.dashboard.adapters import MAX_AT_ONCE, AdapterDesk
+from profiling.dashboard.adapters import MAX_AT_ONCE, STAY_S, AdapterDesk
 from profiling.dashboard.device import MAX_IN_LINE
 from profiling.dashboard.live_cells import LiveCells
 from profiling.dashboard.menus import Follower, Menu
@@ -55,6 +55,7 @@ def build_models_tab(
                     label="from where",
                     show_label=False,
                     container=False,
+                    visible=len(_ways(anybody)) > 1,
                     elem_id="adapter-way",
                     elem_classes="switch",
                     interactive=True,
@@ -112,7 +113,7 @@ def build_models_tab(
                     views.status("idle", "It replaces the model of its kind once it is loaded; until then the old one serves."),
                     elem_id="model-status",
                 )
-            rights = LiveCells(views.RIGHTS_TEMPLATE, views.rights(anybody), elem_id="rights")
+            rights = LiveCells(views.RIGHTS_TEMPLATE, views.rights(anybody, STAY_S), elem_id="rights")
         with gr.Column(scale=8, min_width=300, elem_classes="instrument"):
             with gr.Row(elem_classes="table-head"):
                 gr.HTML('<h2 class="panel-title">adapters</h2>', apply_default_css=False)
@@ -147,9 +148,9 @@ def build_models_tab(
         return [
             gr.Column(visible=_can_add(visitor)),
             gr.Column(visible=models is not None and "models" in visitor.rights),
-            gr.Radio(choices=ways, value=first),
+            gr.Radio(choices=ways, value=first, visible=len(ways) > 1),
             *_fields(first),
-            views.rights(visitor),
+            views.rights(visitor, STAY_S),
             *look(request, words),
         ]
 

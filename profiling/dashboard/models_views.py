@@ -53,7 +53,7 @@ def model(engine: Engine) -> dict[str, Any]:
         "quantised": quantisation(engine) or "no",
         "device": device,
         "weights": num_bytes(engine.model.get_memory_footprint()),
-        "adapters": f"{len(adapters):,}" + (f", {num_bytes(size)} together" if adapters else ""),
+        "adapters": f"{len(adapters):,}" + (f", {num_bytes(size)}" if adapters else ""),
     }
     return cells_value({name: html.escape(words) for name, words in facts.items()})
 
@@ -203,11 +203,14 @@ def added(kind: str, tag: str, info: AdapterInfo) -> str:
 RIGHTS_TEMPLATE = '<p class="rights" data-cell="rights"></p>'
 
 
-def rights(visitor: Visitor) -> dict[str, Any]:
-    """What is switched off for the visitor, and how it is switched on."""
+def rights(visitor: Visitor, stay_s: float) -> dict[str, Any]:
+    """What is switched off for the visitor, how it is switched on, and for how long what such a visitor adds stays."""
     off = visitor.refusals
     if not off:
         return cells_value({"rights": ""})
     switch = "all" if not visitor.rights else " ".join([*visitor.ordered, *off])
     words = f"Switched off here: {html.escape('; '.join(off.values()))}. Whoever runs this page switches all of it on with"
-    return cells_value({"rights": f"{words} <code>--allow {switch}</code>, or only some of it."})
+    words += f" <code>--allow {switch}</code>, or only some of it."
+    if "manage" in off and visitor.rights & {"upload", "hub", "folders"}:
+        words += f" What you add is yours to remove, and stays while your page is open, for {stay_s / 3600:g} h at most."
+    return cells_value({"rights": words})

@@ -490,9 +490,10 @@ def test_what_a_model_is_in_words(own):
 
 
 def test_what_is_off_is_said(own):
-    assert views.rights(OWNER)["cells"]["rights"] == ""
-    assert "--allow upload hub folders models manage</code>" in views.rights(GUEST)["cells"]["rights"]
-    assert "--allow all</code>" in views.rights(NOBODY)["cells"]["rights"]
+    assert views.rights(OWNER, 3600)["cells"]["rights"] == ""
+    assert "--allow upload hub folders models manage</code>" in views.rights(GUEST, 3600)["cells"]["rights"]
+    assert "1 h at most" in views.rights(GUEST, 3600)["cells"]["rights"]
+    assert "--allow all</code>" in views.rights(NOBODY, 3600)["cells"]["rights"]
 
 
 # ------------------------------------------------------------------------------------------------------------- programs
