@@ -42,7 +42,7 @@ class BatchEditor:
     def __init__(self, engines: Mapping[str, Engine]):
         self.engines = engines
         examples = self._examples()
-        ready = examples.get(_READY, [])
+        ready = self.ready = examples.get(_READY, [])  # what every page shows when it is opened
         begin = {kind: [row for row in ready if _FIELD[kind] in row] for kind in self.kinds}
         self.slots: dict[str, list[_Slot]] = {}
         gr.HTML('<h2 class="panel-title">batch</h2>', apply_default_css=False)
@@ -236,14 +236,15 @@ class BatchEditor:
         return gr.Dropdown(choices=adapter_choices(kind, self.engines, adapter), value=adapter)
 
     def follower(self) -> Follower:
-        """The menus, as adapters come and go; a page that has just been opened begins with the ready batch of what there is."""
+        """The menus, as adapters come and go; a page that has just been opened begins with the ready batch of what there is now."""
         slots = [(kind, slot) for kind, row in self.slots.items() for slot in row]
         adapters = [slot.adapter for _, slot in slots]
 
         def update(values: Sequence[Any], opened: bool) -> list[Any]:
             shown, *chosen = values
-            choices = [_MENU, *self._examples()]
-            if opened:
+            examples = self._examples()
+            choices = [_MENU, *examples]
+            if opened and examples[_READY] != self.ready:
                 shown, _, *updates = self._choose(_READY, shown)
                 return [shown, gr.Dropdown(choices=choices, value=_MENU), *updates]
             updates = []

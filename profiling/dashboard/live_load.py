@@ -484,7 +484,8 @@ def build_live_load_tab(loads: LiveLoads, device_line: Callable[[], str]) -> lis
     def follow(values: Sequence[Any], opened: bool) -> list[Any]:
         """The most adapters there are to ask for, and what depends on it; a page that was just opened asks for all."""
         most = max(2, most_adapters())
-        slider = gr.Slider(maximum=most, value=max(1, most_adapters())) if opened else gr.Slider(maximum=most)
+        anew = opened and most_adapters() != first.num_adapters
+        slider = gr.Slider(maximum=most, value=max(1, most_adapters())) if anew else gr.Slider(maximum=most)
         return [slider, cells_value({"facts": html.escape(facts())})]
 
     return [*followers, Follower([num_adapters, readouts], follow)]
