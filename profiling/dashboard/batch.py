@@ -43,6 +43,7 @@ class BatchEditor:
         self.engines = engines
         examples = self._examples()
         ready = self.ready = examples.get(_READY, [])  # what every page shows when it is opened
+        self.offered = list(examples)
         begin = {kind: [row for row in ready if _FIELD[kind] in row] for kind in self.kinds}
         self.slots: dict[str, list[_Slot]] = {}
         gr.HTML('<h2 class="panel-title">batch</h2>', apply_default_css=False)
@@ -243,14 +244,15 @@ class BatchEditor:
         def update(values: Sequence[Any], opened: bool) -> list[Any]:
             shown, *chosen = values
             examples = self._examples()
-            choices = [_MENU, *examples]
+            # A menu whose entries were set anew tells each choice twice: only where they are others.
+            menu = gr.skip() if list(examples) == self.offered else gr.Dropdown(choices=[_MENU, *examples], value=_MENU)
             if opened and examples[_READY] != self.ready:
                 shown, _, *updates = self._choose(_READY, shown)
-                return [shown, gr.Dropdown(choices=choices, value=_MENU), *updates]
+                return [shown, menu, *updates]
             updates = []
             for (kind, _), adapter in zip(slots, chosen, strict=True):
                 updates += [gr.skip(), gr.skip(), gr.Dropdown(choices=adapter_choices(kind, self.engines, adapter))]
-            return [gr.skip(), gr.Dropdown(choices=choices), *updates]
+            return [gr.skip(), menu, *updates]
 
         return Follower(self._every, update, [self.shown, *adapters], adapters)
 
