@@ -1,7 +1,7 @@
 """The door: command line -> engines -> page -> server.
 
 python app.py                      # the embedded models on http://127.0.0.1:7860
-python app.py --code-model bigcode/starcoderbase-1b --code-adapters lua=path/to/flora lua=path/to/lora
+python app.py --code-model starcoderbase-1b --adapters lua=path/to/flora lua=path/to/lora
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from profiling.options import add_weights
+from profiling.options import add_rights, add_weights
 
 if TYPE_CHECKING:
-    import gradio
-
     from flora import Engine
+    from profiling.dashboard.page import Page
 
 KINDS = ("code", "speech")
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 7860
@@ -67,9 +66,17 @@ def parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{kind}-adapters",
             nargs="+",
-            metavar="TAG=FOLDER",
-            help="a tag may be given twice, once per family; default: the adapters that ship, for the embedded model",
+            metavar="TAG=SOURCE",
+            help=f"the {kind} model's adapters, each a folder or hub id; default: those that ship, for the embedded model",
         )
+    parser.add_argument(
+        "--adapters",
+        nargs="+",
+        default=[],
+        metavar="TAG=SOURCE",
+        help="more adapters, each for the model that it fits; a tag may be given twice, once per family",
+    )
+    add_rights(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; default: auto")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16; default: auto")
     add_weights(parser)
@@ -80,28 +87,32 @@ def parser() -> argparse.ArgumentParser:
 
 def load_engines(options: argparse.Namespace) -> dict[str, Engine]:
     """kind -> engine, as the command line asks. Raises the FloraError that says what is wrong with a model or an adapter."""
-    from profiling.loading import load_engine, set_threads
+    from profiling.loading import add_where_it_fits, load_engine, set_threads
 
     set_threads(options.threads)
-    return {kind: load_engine(kind, options) for kind in KINDS}
+    engines = {kind: load_engine(kind, options) for kind in KINDS}
+    add_where_it_fits(engines, options.adapters)
+    return engines
 
 
-def build_demo(options: argparse.Namespace) -> gradio.Blocks:
+def build_demo(options: argparse.Namespace) -> Page:
     """The page, not yet served."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported: nothing is sent anywhere
     from profiling.dashboard import page
+    from profiling.dashboard.policy import Policy
 
-    return page.build(load_engines(options), options.results)
+    policy = Policy.of_command_line(options.allow, options.host)  # before anything is loaded: it may be mistyped
+    return page.build(load_engines(options), options.results, policy, options)
 
 
-def serve(demo: gradio.Blocks, host: str, port: int) -> None:
+def serve(demo: Page, host: str, port: int) -> None:
     """Serve the page until Ctrl-C or SIGTERM. Raises OSError where the port is taken."""
     from profiling.dashboard import page
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    demo.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **page.launch_options())
+    demo.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **page.launch_options(demo))
     print(f"fLoRA Live is at {demo.local_url} (Ctrl-C stops it)", flush=True)
     stop.wait()
     print("stopping", flush=True)

@@ -16,8 +16,8 @@ The paper calls the input side B and the output side A; this project follows PEF
 A and B may be of higher precision than x and weight, as in training: float32 factors of a bfloat16 layer. What is element by
 element is then done in theirs, the product with the weight in the weight's, and y comes in that.
 
-Adapters of different rank share one A and one B, padded to the largest. `flora.routing` carries the true ranks, so that no row pays for
-another row's rank. It depends on the batch alone: build it once a step and hand it to every layer (`routing=`).
+Adapters of different rank share one A and one B, padded to the largest. A `flora.routing.Routing` carries the true ranks, so that
+no row pays for another row's rank. It depends on the batch alone: build it once a step and hand it to every layer (`routing=`).
 """
 
 from __future__ import annotations

@@ -105,10 +105,12 @@ def sources_of(engines: Mapping[str, Engine], requests: Sequence[tuple[str, Requ
 
 
 def _prompts(engine: Engine, requests: Sequence[tuple[str, Request]] | None) -> Prompts:
-    def encode(text: str) -> Sequence[int]:
-        return engine.tokenizer(text)["input_ids"]
+    tokenizer = engine.tokenizer  # not the engine, which may be replaced while a load's prompts are kept
 
-    decode = partial(engine.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def encode(text: str) -> Sequence[int]:
+        return tokenizer(text)["input_ids"]
+
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if requests is None:
         return Prompts.of_corpus(encode, decode, engine.context_length)
     texts = [(request.prompt, request.max_new_tokens) for _, request in requests if request.prompt is not None]

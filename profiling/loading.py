@@ -1,22 +1,24 @@
-"""The engines that a command line asks for: `--code-model`, `--code-adapters` and their like, by default what ships; and random
-adapters, where more are wanted than there are.
+"""The engines that a command line asks for: `--code-model`, `--code-adapters` and their like, by default what ships; adapters that
+find the engine they fit; and random ones, where more are wanted than there are.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
+from flora.bank import AdapterInfo
 from flora.engine import Engine
 from flora.engine.device import apart
-from flora.errors import ModelError, RequestError
-from flora.formats import Adapter
+from flora.errors import AdapterError, ModelError, RequestError
+from flora.formats import Adapter, read_adapter
+from flora.names import public_name
 from flora.ops import FAMILY
 from flora.random_adapters import FAMILIES, RandomAdapters
 from profiling import workload
@@ -47,8 +49,24 @@ def load_engine(kind: str, options: argparse.Namespace, with_adapters: bool = Tr
         adapters = workload.given_adapters(given)
     elif with_adapters and (model is None or Path(model).resolve() == embedded):
         adapters = workload.discover_adapters(workload.ASSETS / "adapters" / kind)
-    engine = Engine.from_pretrained(
-        model or embedded,
+    engine = _load(model or embedded, adapters, options, **engine_options)
+    if engine.kind != kind:
+        raise ModelError(f"--{kind}-model names the {engine.kind} model {engine.name!r}: give a {kind} model")
+    return _with_random_adapters(engine, options) if with_adapters else engine
+
+
+def load_chosen(name: str, kind: str | None, options: argparse.Namespace) -> Engine:
+    """The engine of a model that was chosen while another serves: "embedded" or "as started" of a kind, with its adapters, or a
+    short name, hub id or folder of any kind, without. options: as for `load_engine`."""
+    if name in ("embedded", "as started"):
+        model = {f"{kind}_model": None, f"{kind}_adapters": None} if name == "embedded" else {}
+        return load_engine(kind, argparse.Namespace(**vars(options) | model))
+    return _with_random_adapters(_load(name, {}, options), options)
+
+
+def _load(name: str | Path, adapters: Mapping, options: argparse.Namespace, **engine_options) -> Engine:
+    return Engine.from_pretrained(
+        name,
         adapters,
         device=options.device,
         dtype=options.dtype,
@@ -57,12 +75,42 @@ def load_engine(kind: str, options: argparse.Namespace, with_adapters: bool = Tr
         llm_int8_threshold=options.llm_int8_threshold,
         **engine_options,
     )
-    if engine.kind != kind:
-        raise ModelError(f"--{kind}-model names the {engine.kind} model {engine.name!r}: give a {kind} model")
-    if with_adapters and not adapters and options.weights == "random":
-        languages = workload.languages(kind)
+
+
+def _with_random_adapters(engine: Engine, options: argparse.Namespace) -> Engine:
+    """Random weights that came without adapters get random ones, under the languages' tags: speed can be measured with them."""
+    if options.weights == "random" and not engine.adapters:
+        languages = workload.languages(engine.kind)
         add_random_adapters(engine, len(languages), RANDOM_RANK, FAMILY, tags=languages)
     return engine
+
+
+def kind_that_fits(engines: Mapping[str, Engine], adapter: Adapter, tag: str) -> str:
+    """The kind of the engine that has the adapter's layers; AdapterError where none has. Their shapes are the engine's to check."""
+    for kind, engine in engines.items():
+        if adapter.factors.keys() & engine.bank.layers.keys():
+            return kind
+    models = " and ".join(f"the {kind} model {public_name(engine.name)}" for kind, engine in engines.items())
+    layer = next(iter(adapter.factors), "none")
+    raise AdapterError(f"adapter {tag!r} does not fit {models}: it was made for another one, with layers such as {layer[:100]}")
+
+
+def add_checkpoint(engine: Engine, tag: str, source: str | Path, family: str) -> AdapterInfo:
+    """Add a checkpoint of this family to a tag, beside the tag's checkpoint of the other family, in place of one of its own.
+
+    Raises AdapterError, and leaves the tag as it was, where it does not fit.
+    """
+    present = engine.adapters.get(tag)
+    beside = [] if present is None else [one for one, its in zip(present.sources, present.families, strict=True) if its != family]
+    return engine.add_adapter(tag, [*beside, source])
+
+
+def add_where_it_fits(engines: Mapping[str, Engine], entries: Iterable[str]) -> None:
+    """Add each TAG=SOURCE of a command line's `--adapters` to the engine that it fits."""
+    for tag, sources in workload.given_adapters(list(entries)).items():
+        for source in sources:
+            adapter = apart(partial(read_adapter, source))
+            add_checkpoint(engines[kind_that_fits(engines, adapter, tag)], tag, source, adapter.family)
 
 
 def add_random_adapters(

@@ -5,6 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+RIGHTS = {
+    "upload": "adding an adapter by upload",
+    "hub": "adding an adapter from the hub",
+    "folders": "adapters and models from the server's folders",
+    "models": "loading another model for everybody",
+    "manage": "replacing and removing adapters that others added, or that ship",
+}
+"""What visitors of the page can be allowed, and what each is in words."""
+
+ELSEWHERE = frozenset({"upload"})
+"""What anybody may do on a page that others can reach, unless the command line says otherwise."""
+
 
 def add_weights(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Which weights the models have, as `profiling.loading.load_engine` reads them."""
@@ -29,3 +41,15 @@ def weight_words(loaded: Any) -> list[str]:
     words += ["--quantize", loaded.quantize] if loaded.quantize is not None else []
     threshold = loaded.llm_int8_threshold
     return words + ([] if threshold is None else ["--llm-int8-threshold", f"{threshold:g}"])
+
+
+def add_rights(parser: argparse.ArgumentParser) -> None:
+    """--allow, as `profiling.dashboard.policy.Policy.of_command_line` reads it."""
+    parser.add_argument(
+        "--allow",
+        nargs="+",
+        choices=(*RIGHTS, "all", "none"),
+        metavar="WHAT",
+        help=f"what visitors may change: {', '.join(f'{name} ({words})' for name, words in RIGHTS.items())}; or all, or none. "
+        f"Default: all for whoever sits at this machine while the page is served to it alone, else {' '.join(ELSEWHERE)}",
+    )

@@ -101,7 +101,7 @@ class ComputeThread:
 
     PyTorch's OpenMP keeps a team of threads for every thread that ever computed. With more of them than processors, they no longer
     wait for each other actively but go to sleep at every small product, and a decode step takes twice as long. So whoever has work
-    has it done here: loading, prompts, steps, checks.
+    has it done here: prompts, steps, checks.
     """
 
     def __init__(self) -> None:

@@ -152,7 +152,7 @@ class Engine:
         Raises ModelError, AdapterError or CheckpointError, each naming what is wrong.
         """
         load = partial(load_model, name, device, dtype, quantize, weights, llm_int8_threshold=llm_int8_threshold)
-        engine = cls(compute_on(torch.device("cpu"))(load), max_batch_size, **serving)
+        engine = cls(apart(load), max_batch_size, **serving)  # the steps of other engines go on meanwhile
         for tag, sources in (adapters or {}).items():
             engine.add_adapter(tag, sources, check_base_model)
         return engine

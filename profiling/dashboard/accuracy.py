@@ -16,24 +16,13 @@ from profiling.accuracy_figures import TabledChart, measured_dots, paper_dots
 from profiling.dashboard import accuracy_views as views
 from profiling.dashboard.live_cells import LiveCells, cells_value
 from profiling.dashboard.live_plot import LivePlot, plot_value
+from profiling.dashboard.menus import Menu
 from profiling.dashboard.results import REPRODUCE_TEMPLATE
 
 _TASKS = {"Code": "code", "Speech": "speech"}
 _CHART_PX = 380
 _DOWNLOADS = ("scores JSONL", "scores CSV", "answers JSONL")
 _QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-
-
-class _Menu(gr.Dropdown):
-    """A menu whose entries follow another one's choice: what was chosen before they changed is told as it is, not refused.
-
-    A visitor may choose twice before the first answer arrives, and gr.Dropdown knows only the newest entries.
-    """
-
-    is_template = True  # the browser's side is gr.Dropdown's
-
-    def preprocess(self, payload: Any) -> str | None:
-        return payload if isinstance(payload, str) else None
 
 
 def build_accuracy_tab(tab: gr.Tab, results_folder: Path) -> None:
@@ -77,8 +66,8 @@ def build_accuracy_tab(tab: gr.Tab, results_folder: Path) -> None:
         with gr.Column(min_width=300, elem_classes="instrument"):
             gr.HTML('<h2 class="panel-title">what each one answers</h2>', apply_default_css=False)
             with gr.Row(elem_classes="controls"):
-                language = _Menu([], label="language", min_width=90, elem_id="accuracy-language", interactive=True)
-                item = _Menu([], label="item", min_width=160, elem_id="accuracy-item", interactive=True)
+                language = Menu([], label="language", min_width=90, elem_id="accuracy-language", interactive=True)
+                item = Menu([], label="item", min_width=160, elem_id="accuracy-item", interactive=True)
             clip = gr.Audio(
                 type="filepath",
                 label="the clip",

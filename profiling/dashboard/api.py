@@ -1,10 +1,11 @@
-"""The endpoints for programs: `/compare`, `/generate` and `/adapters`, for `gradio_client` or any HTTP client."""
+"""The endpoints for programs, for `gradio_client` or any HTTP client: `/compare`, `/generate`, `/adapters`, `/add_adapter` and
+`/remove_adapter`."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,31 @@ from typing import Any
 import gradio as gr
 from gradio.utils import get_upload_folder
 
+from flora.bank import AdapterInfo
 from flora.engine import Engine, Request
-from flora.errors import AudioError, FloraError, RequestError
+from flora.errors import AudioError, CheckpointError, FloraError, RequestError
 from profiling import workload
 from profiling.compare import compare
+from profiling.dashboard.adapters import MAX_AT_ONCE as MAX_AT_ONCE_ADDED
+from profiling.dashboard.adapters import AdapterDesk
 from profiling.dashboard.compare import MAX_NEW_TOKENS, WARMUP_STEPS, check_prompt_length
 from profiling.dashboard.device import MAX_IN_LINE, SERVER_ERROR, Device
+from profiling.dashboard.models_views import bases
 from profiling.dashboard.own_request import MAX_AT_ONCE, OwnRequest
+from profiling.dashboard.policy import Policy, Visitor
 from profiling.dashboard.results import sentence
 from profiling.events import Finished
 
 logger = logging.getLogger(__name__)
 
 MAX_REQUESTS = 32
+_UPLOAD_CLIP = '"audio" must be an uploaded file: with gradio_client, handle_file("clip.wav").'
+_UPLOAD_FILES = '"files" must be uploaded files: with gradio_client, [handle_file("mine.zip")].'
 _FIELDS = ("prompt", "audio", "adapter")
 
 
-def add_endpoints(engines: Mapping[str, Engine], device: Device) -> None:
-    """Register the endpoints; call it inside a `gr.Blocks` context."""
+def add_endpoints(engines: Mapping[str, Engine], device: Device, desk: AdapterDesk, policy: Policy) -> None:
+    """Register the endpoints; call it inside a `gr.Blocks` context. desk, policy: for adapters that are added and removed."""
 
     def compare_endpoint(
         requests: list[dict], methods: list[str] | None = None, max_new_tokens: int = workload.MAX_NEW_TOKENS
@@ -61,22 +69,68 @@ def add_endpoints(engines: Mapping[str, Engine], device: Device) -> None:
 
     def adapters_endpoint() -> dict:
         """Every adapter tag, per kind of model: its families, ranks, size in bytes and number of adapted layers."""
-        return {
-            kind: {
-                tag: {
-                    "families": list(info.families),
-                    "ranks": dict(info.ranks),
-                    "size_bytes": info.size_bytes,
-                    "layers": info.layers,
-                }
-                for tag, info in engine.adapters.items()
-            }
-            for kind, engine in engines.items()
-        }
+        return {kind: {tag: _facts(info) for tag, info in engine.adapters.items()} for kind, engine in engines.items()}
+
+    def add_adapter_endpoint(
+        request: gr.Request, tag: str, files: list[dict] | None = None, hub: str | None = None, folder: str | None = None
+    ) -> dict:
+        """Add an adapter under a tag: it is checked, goes to the model that it fits, and is in every menu from then on.
+
+        files: [handle_file("mine.zip")], or the two files adapter_config.json and adapter_model.safetensors; or, instead, hub:
+        "owner/name"; or folder: one of the server's. Which of these are allowed, and for how long an adapter stays, is the
+        server's to say. Returns the model's kind ("model") and what `/adapters` says of the tag.
+        """
+        return _add_adapter(desk, policy.visitor(request), tag, files, hub, folder)
+
+    def remove_adapter_endpoint(request: gr.Request, tag: str, model: str) -> None:
+        """Remove an adapter of a model ("code" or "speech") that this client has added, or any other where that is allowed."""
+        with _told("/remove_adapter"):
+            desk.remove(policy.visitor(request), model, tag)
 
     gr.api(compare_endpoint, api_name="compare", concurrency_id="device", concurrency_limit=MAX_IN_LINE)
     gr.api(generate_endpoint, api_name="generate", concurrency_id="generate", concurrency_limit=MAX_AT_ONCE)
     gr.api(adapters_endpoint, api_name="adapters", queue=False)
+    gr.api(add_adapter_endpoint, api_name="add_adapter", concurrency_id="add-adapter", concurrency_limit=MAX_AT_ONCE_ADDED)
+    gr.api(remove_adapter_endpoint, api_name="remove_adapter", queue=False)
+
+
+def _facts(info: AdapterInfo) -> dict:
+    return {
+        "families": list(info.families),
+        "types": list(info.peft_types),
+        "ranks": dict(info.ranks),
+        "size_bytes": info.size_bytes,
+        "layers": info.layers,
+        "base_models": bases(info),
+    }
+
+
+@contextmanager
+def _told(endpoint: str) -> Iterator[None]:
+    """What goes wrong in this context, as a sentence for the caller."""
+    try:
+        yield
+    except FloraError as error:
+        raise gr.Error(sentence(error), print_exception=False) from error
+    except Exception as error:  # logged here in full; the visitor gets a sentence without the server's insides
+        logger.exception("the %s endpoint broke off", endpoint)
+        raise gr.Error(SERVER_ERROR, print_exception=False) from error
+
+
+def _add_adapter(desk: AdapterDesk, visitor: Visitor, tag: Any, files: Any, hub: Any, folder: Any) -> dict:
+    with _told("/add_adapter"):
+        ways = [way for way in (files, hub, folder) if way is not None]
+        if len(ways) != 1:
+            raise RequestError('Give one of "files", "hub" and "folder".')
+        if files is not None:
+            if not isinstance(files, list) or len(files) > 10:
+                raise RequestError('"files" must be a list: [handle_file("mine.zip")], or the two files of a PEFT folder.')
+            kind, info = desk.upload(visitor, tag, [_uploaded(file, CheckpointError, _UPLOAD_FILES) for file in files])
+        elif not isinstance(ways[0], str):
+            raise RequestError('"hub" and "folder" must be text.')
+        else:
+            kind, info = desk.from_hub(visitor, tag, hub) if hub is not None else desk.from_folder(visitor, tag, folder)
+        return {"model": kind, **_facts(info)}
 
 
 def _generate(
@@ -88,7 +142,7 @@ def _generate(
     max_new_tokens: Any,
     audio: Any,
 ) -> Iterator[dict]:
-    try:
+    with _told("/generate"):
         _check_new_tokens(max_new_tokens)
         if not isinstance(method, str):
             raise RequestError('"method" must be the name of a method, such as "flora".')
@@ -101,11 +155,6 @@ def _generate(
         with closing(OwnRequest(engines[kind], request, method, session).updates()) as updates:
             for own in updates:
                 yield _so_far(own)
-    except FloraError as error:
-        raise gr.Error(sentence(error), print_exception=False) from error
-    except Exception as error:  # logged here in full; the visitor gets a sentence without the server's insides
-        logger.exception("the /generate endpoint broke off")
-        raise gr.Error(SERVER_ERROR, print_exception=False) from error
 
 
 def _so_far(own: OwnRequest) -> dict:
@@ -118,7 +167,7 @@ def _so_far(own: OwnRequest) -> dict:
 
 
 def _compare(engines: Mapping[str, Engine], device: Device, rows: Any, methods: Any, max_new_tokens: Any) -> dict:
-    try:
+    with _told("/compare"):
         requests, failures, names, positions = _requests(engines, rows, max_new_tokens)
         if not isinstance(methods, list) or not all(isinstance(method, str) for method in methods):
             raise RequestError('"methods" must be a list of method names, such as ["flora", "bmm-lora"].')
@@ -136,11 +185,6 @@ def _compare(engines: Mapping[str, Engine], device: Device, rows: Any, methods: 
                     result = event.result.as_dict()
         if run.error is not None:
             raise run.error
-    except FloraError as error:
-        raise gr.Error(sentence(error), print_exception=False) from error
-    except Exception as error:  # logged here in full; the visitor gets a sentence without the server's insides
-        logger.exception("the /compare endpoint broke off")
-        raise gr.Error(SERVER_ERROR, print_exception=False) from error
     # `compare` counted the requests it was given; the caller counts those that were sent.
     result["rows"] = [row | {"index": positions[row["index"]]} for row in result["rows"]]
     result["failures"] = failures | {str(positions[int(index)]): sentence(message) for index, message in result["failures"].items()}
@@ -197,12 +241,12 @@ def _request(engines: Mapping[str, Engine], row: Any, max_new_tokens: int) -> Re
     return Request(audio=samples, sampling_rate=sampling_rate, **options)
 
 
-def _uploaded(audio: Any) -> Path:
+def _uploaded(given: Any, error: type[FloraError] = AudioError, words: str = _UPLOAD_CLIP) -> Path:
     """The file that a client uploaded with `handle_file`; never another path of this machine."""
-    path = audio.get("path") if isinstance(audio, dict) and isinstance(audio.get("meta"), dict) else None
-    if not isinstance(path, str):
-        raise AudioError('"audio" must be an uploaded file: with gradio_client, handle_file("clip.wav").')
+    path = given.get("path") if isinstance(given, dict) and isinstance(given.get("meta"), dict) else None
+    if not isinstance(path, str) or "\0" in path:
+        raise error(words)
     folder, file = Path(get_upload_folder()).resolve(), Path(path).resolve()
     if not file.is_relative_to(folder) or not file.is_file():
-        raise AudioError('"audio" must be an uploaded file: with gradio_client, handle_file("clip.wav").')
+        raise error(words)
     return file

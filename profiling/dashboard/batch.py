@@ -9,13 +9,12 @@ from typing import Any
 
 import gradio as gr
 
-from flora.corpus.code import LANGUAGES as CODE_LANGUAGES
 from flora.corpus.code import example_prompts
-from flora.corpus.speech import LANGUAGES as SPEECH_LANGUAGES
+from flora.engine import Engine
 from profiling import workload
+from profiling.dashboard.menus import NO_ADAPTER, Follower, Menu, adapter_choices
 
 ROWS_PER_KIND = 8
-NO_ADAPTER = ""
 KINDS = ("code", "speech")
 _FIELD = {"code": "prompt", "speech": "audio"}
 _MENU = "examples"
@@ -28,18 +27,8 @@ class _Slot:
 
     row: gr.Row
     content: gr.Textbox | gr.Audio
-    adapter: gr.Dropdown
+    adapter: Menu
     remove: gr.Button
-
-
-def adapter_choices(kind: str, tags: Sequence[str]) -> list[tuple[str, str]]:
-    """What an adapter menu offers: its tag and, where known, the language's name; last the bare base model."""
-    return [(_tag_name(kind, tag), tag) for tag in tags] + [("no adapter", NO_ADAPTER)]
-
-
-def _tag_name(kind: str, tag: str) -> str:
-    languages = CODE_LANGUAGES if kind == "code" else SPEECH_LANGUAGES
-    return f"{tag} · {languages[tag].name}" if tag in languages else tag
 
 
 class BatchEditor:
@@ -47,26 +36,27 @@ class BatchEditor:
 
     `inputs` are the components that a handler takes, `rows(values)` reads what it was given.
 
-    adapters: kind -> tags, for the kinds that have an engine.
+    engines: kind -> engine; the kinds stay, their adapters may come and go.
     """
 
-    def __init__(self, adapters: Mapping[str, Sequence[str]]):
-        self.adapters = {kind: list(adapters[kind]) for kind in KINDS if kind in adapters}
-        self.examples = self._examples()
-        ready = self.examples.get(_READY, [])
-        begin = {kind: [row for row in ready if _FIELD[kind] in row] for kind in self.adapters}
+    def __init__(self, engines: Mapping[str, Engine]):
+        self.engines = engines
+        examples = self._examples()
+        ready = self.ready = examples.get(_READY, [])  # what every page shows when it is opened
+        self.offered = list(examples)
+        begin = {kind: [row for row in ready if _FIELD[kind] in row] for kind in self.kinds}
         self.slots: dict[str, list[_Slot]] = {}
         gr.HTML('<h2 class="panel-title">batch</h2>', apply_default_css=False)
-        for kind in self.adapters:
+        for kind in self.kinds:
             self.slots[kind] = [self._slot(kind, i, begin[kind][i] if i < len(begin[kind]) else None) for i in range(ROWS_PER_KIND)]
-        self.shown = gr.State({kind: [i < len(begin[kind]) for i in range(ROWS_PER_KIND)] for kind in self.adapters})
+        self.shown = gr.State({kind: [i < len(begin[kind]) for i in range(ROWS_PER_KIND)] for kind in self.kinds})
         with gr.Row(elem_classes="batch-buttons"):
             self.add = {}
             for kind, word in (("code", "code"), ("speech", "audio")):
-                if kind in self.adapters:
+                if kind in self.kinds:
                     self.add[kind] = gr.Button(f"+ {word}", size="sm", scale=0, min_width=70, elem_id=f"add-{word}")
-            self.menu = gr.Dropdown(
-                choices=[_MENU, *self.examples],
+            self.menu = Menu(
+                choices=[_MENU, *examples],
                 value=_MENU,
                 label="examples",
                 show_label=False,
@@ -79,12 +69,11 @@ class BatchEditor:
             )
 
     def _slot(self, kind: str, i: int, row: Mapping[str, Any] | None) -> _Slot:
-        tags = self.adapters[kind]
         with gr.Row(
             visible=row is not None, elem_classes=f"request-row {kind}", elem_id=f"{kind}-row-{i}", equal_height=False
         ) as line:
-            adapter = gr.Dropdown(
-                choices=adapter_choices(kind, tags),
+            adapter = Menu(
+                choices=adapter_choices(kind, self.engines),
                 value=(row or {}).get("adapter") or NO_ADAPTER,
                 label=f"adapter of {kind} row {i + 1}",
                 show_label=False,
@@ -130,15 +119,21 @@ class BatchEditor:
             remove = gr.Button("✕", size="sm", scale=0, min_width=28, elem_classes="remove-row", elem_id=f"remove-{kind}-{i}")
         return _Slot(line, content, adapter, remove)
 
+    @property
+    def kinds(self) -> list[str]:
+        """Of the models there are."""
+        return [kind for kind in KINDS if kind in self.engines]
+
     def _examples(self) -> dict[str, list[dict]]:
         """Menu entry -> rows. An entry that begins with "add" adds its row, the others replace the batch."""
-        found: dict[str, list[dict]] = {_READY: workload.ready_rows(self.adapters)}
+        adapters = {kind: list(self.engines[kind].adapters) for kind in self.kinds}
+        found: dict[str, list[dict]] = {_READY: workload.ready_rows(adapters)}
         prompts = {tag: texts for tag, texts in example_prompts().items() if texts}
         clips: dict[str, list[dict]] = {}
         for clip in workload.example_clips():
             clips.setdefault(clip["tag"], []).append(clip)
-        code_tags = [tag for tag in self.adapters.get("code", ()) if tag in prompts][:ROWS_PER_KIND]
-        speech_tags = [tag for tag in self.adapters.get("speech", ()) if tag in clips][:ROWS_PER_KIND]
+        code_tags = [tag for tag in adapters.get("code", ()) if tag in prompts][:ROWS_PER_KIND]
+        speech_tags = [tag for tag in adapters.get("speech", ()) if tag in clips][:ROWS_PER_KIND]
         if len(code_tags) > 1:
             found["code only: a prompt for every adapter"] = [{"prompt": prompts[tag][0], "adapter": tag} for tag in code_tags]
             found["code only: all prompts with one adapter"] = [
@@ -148,12 +143,12 @@ class BatchEditor:
             found["audio only: a clip for every adapter"] = [
                 {"audio": _shipped(clips[tag][0]), "adapter": tag} for tag in speech_tags
             ]
-        for tag in prompts if "code" in self.adapters else ():
-            adapter = tag if tag in self.adapters["code"] else None
+        for tag in prompts if "code" in adapters else ():
+            adapter = tag if tag in adapters["code"] else None
             for text in prompts[tag]:
                 found[f"add prompt: {tag} · {text.strip().splitlines()[0]}"] = [{"prompt": text, "adapter": adapter}]
-        for tag in clips if "speech" in self.adapters else ():
-            adapter = tag if tag in self.adapters["speech"] else None
+        for tag in clips if "speech" in adapters else ():
+            adapter = tag if tag in adapters["speech"] else None
             for clip in clips[tag]:
                 found[f"add clip: {tag} · {clip['text']}"] = [{"audio": _shipped(clip), "adapter": adapter}]
         return found
@@ -186,27 +181,20 @@ class BatchEditor:
             self.add[kind].click(self._adder(kind), [self.shown, *(slot.adapter for slot in slots)], outputs, **quiet)
             for i, slot in enumerate(slots):
                 slot.remove.click(self._remover(kind, i), self.shown, [self.shown, slot.row, slot.content], **quiet)
-        every = [
-            self.shown,
-            self.menu,
-            *(part for slots in self.slots.values() for s in slots for part in (s.row, s.content, s.adapter)),
-        ]
-        self.menu.input(self._choose, [self.menu, self.shown], every, **quiet)
+        self.menu.input(self._choose, [self.menu, self.shown], self._every, **quiet)
 
     def _adder(self, kind: str):
-        tags = self.adapters[kind]
-
         def add(shown: dict, *adapters: str):
             if all(shown[kind]):
                 gr.Warning(f"The batch holds at most {ROWS_PER_KIND} rows of a kind: remove one first.")
                 return [shown, *(gr.skip() for _ in range(2 * ROWS_PER_KIND))]
-            place = shown[kind].index(False)
+            place, tags = shown[kind].index(False), list(self.engines[kind].adapters)
             used = {adapter for adapter, visible in zip(adapters, shown[kind], strict=True) if visible}
             adapter = next((tag for tag in tags if tag not in used), tags[0] if tags else NO_ADAPTER)
             shown[kind][place] = True
             updates = []
             for i in range(ROWS_PER_KIND):
-                updates += [gr.Row(visible=True), gr.Dropdown(value=adapter)] if i == place else [gr.skip(), gr.skip()]
+                updates += [gr.Row(visible=True), self._set(kind, adapter)] if i == place else [gr.skip(), gr.skip()]
             return [shown, *updates]
 
         return add
@@ -219,7 +207,7 @@ class BatchEditor:
         return remove
 
     def _choose(self, choice: str | None, shown: dict):
-        rows = self.examples.get(choice or "", [])
+        rows = self._examples().get(choice or "", [])
         adds = (choice or "").startswith("add")
         wanted: dict[str, dict[int, dict]] = {kind: {} for kind in self.slots}
         for kind in self.slots:
@@ -236,13 +224,43 @@ class BatchEditor:
                 if row is not None:
                     shown[kind][i] = True
                     content = gr.Textbox(value=row["prompt"]) if kind == "code" else gr.Audio(value=_clip_path(row["audio"]))
-                    updates += [gr.Row(visible=True), content, gr.Dropdown(value=row["adapter"] or NO_ADAPTER)]
+                    updates += [gr.Row(visible=True), content, self._set(kind, row["adapter"] or NO_ADAPTER)]
                 elif rows and not adds:
                     shown[kind][i] = False
                     updates += [gr.Row(visible=False), gr.Textbox(value="") if kind == "code" else gr.Audio(value=None), gr.skip()]
                 else:
                     updates += [gr.skip()] * 3
         return [shown, gr.Dropdown(value=_MENU), *updates]
+
+    def _set(self, kind: str, adapter: str) -> gr.Dropdown:
+        """An adapter menu with this entry chosen, which a page that was opened earlier may not know."""
+        return gr.Dropdown(choices=adapter_choices(kind, self.engines, adapter), value=adapter)
+
+    def follower(self) -> Follower:
+        """The menus, as adapters come and go; a page that has just been opened begins with the ready batch of what there is now."""
+        slots = [(kind, slot) for kind, row in self.slots.items() for slot in row]
+        adapters = [slot.adapter for _, slot in slots]
+
+        def update(values: Sequence[Any], opened: bool) -> list[Any]:
+            shown, *chosen = values
+            examples = self._examples()
+            # A menu whose entries were set anew tells each choice twice: only where they are others.
+            menu = gr.skip() if list(examples) == self.offered else gr.Dropdown(choices=[_MENU, *examples], value=_MENU)
+            if opened and examples[_READY] != self.ready:
+                shown, _, *updates = self._choose(_READY, shown)
+                return [shown, menu, *updates]
+            updates = []
+            for (kind, _), adapter in zip(slots, chosen, strict=True):
+                updates += [gr.skip(), gr.skip(), gr.Dropdown(choices=adapter_choices(kind, self.engines, adapter))]
+            return [gr.skip(), menu, *updates]
+
+        return Follower(self._every, update, [self.shown, *adapters], adapters)
+
+    @property
+    def _every(self) -> list[Any]:
+        """All that an example changes."""
+        slots = [part for slots in self.slots.values() for slot in slots for part in (slot.row, slot.content, slot.adapter)]
+        return [self.shown, self.menu, *slots]
 
 
 def _shipped(clip: Mapping[str, str]) -> str:

@@ -26,6 +26,7 @@ from profiling.dashboard.batch import BatchEditor
 from profiling.dashboard.device import MAX_IN_LINE, SERVER_ERROR, Device, StopSignals
 from profiling.dashboard.live_cells import LiveCells, cells_value
 from profiling.dashboard.live_plot import LivePlot
+from profiling.dashboard.menus import Follower
 from profiling.dashboard.results import (
     FIGURES_TEMPLATE,
     REPRODUCE_TEMPLATE,
@@ -49,7 +50,7 @@ _DOWNLOADS = ("JSONL", "CSV", "report.html")
 _run_numbers = itertools.count(1)
 
 
-def build_compare_tab(engines: Mapping[str, Engine], device: Device, stops: StopSignals) -> None:
+def build_compare_tab(engines: Mapping[str, Engine], device: Device, stops: StopSignals) -> Follower:
     """Lay out the tab and wire it; call it inside a `gr.Blocks` context.
 
     engines: kind -> engine. device: the thread all comparisons of this process share. stops: each browser session's Stop button.
@@ -58,7 +59,7 @@ def build_compare_tab(engines: Mapping[str, Engine], device: Device, stops: Stop
 
     with gr.Row(equal_height=False, elem_classes="bench"):
         with gr.Column(scale=4, min_width=300, elem_classes="instrument batch-panel"):
-            batch = BatchEditor({kind: list(engine.adapters) for kind, engine in engines.items()})
+            batch = BatchEditor(engines)
             with gr.Row(elem_classes="controls"):
                 left = gr.Dropdown(
                     _method_choices(), value="flora", label="left", min_width=90, elem_id="left-method", interactive=True
@@ -130,6 +131,7 @@ def build_compare_tab(engines: Mapping[str, Engine], device: Device, stops: Stop
     )
     running.failure(could_not_begin, None, [status, run, stop], **quiet)
     stop.click(stop_run, None, [stop], **quiet)
+    return batch.follower()
 
 
 @dataclass(frozen=True)

@@ -68,5 +68,23 @@ element.addEventListener('click', (event) => {
   ]);
   saveCsv([...table.rows].map(cells), button.dataset.file);
 });
+// A `data-trigger` button tells the server its data-… of the same name as an event; with `data-confirm`, only when pressed twice.
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('[data-trigger]');
+  if (!button || !element.contains(button)) return;
+  const { trigger: name, confirm, ...data } = button.dataset;
+  if (!confirm || button.classList.contains('confirming')) {
+    button.disabled = true;
+    trigger(name, data);
+    return;
+  }
+  const words = button.textContent;
+  button.classList.add('confirming');
+  button.textContent = confirm;
+  setTimeout(() => {
+    button.classList.remove('confirming');
+    button.textContent = words;
+  }, 3000);
+});
 apply();
 watch('value', apply);

@@ -29,7 +29,8 @@ class LiveCells(gr.HTML):
 
     `template` must hold no `${…}`, no backtick, no backslash and no `{{…}}`: gradio reads those as its own template language.
     A key that a value leaves out keeps what it shows. A `data-copy="key"` button copies that cell's text, and a
-    `data-save="key"` button with a `data-file` saves the table in that cell as CSV.
+    `data-save="key"` button with a `data-file` saves the table in that cell as CSV. A `data-trigger="select"` button is that event
+    of this component with the button's other data, once more after a `data-confirm="sure?"`.
     """
 
     def __init__(self, template: str = "", value: Mapping[str, Any] | None = None, **keywords: Any):

@@ -10,7 +10,7 @@ import shlex
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -25,11 +25,11 @@ from flora.names import public_name
 from flora.ops import FAMILY, METHODS
 from profiling import workload
 from profiling.dashboard import live_load_views as views
-from profiling.dashboard.batch import NO_ADAPTER, adapter_choices
 from profiling.dashboard.compare import check_prompt_length
 from profiling.dashboard.device import SERVER_ERROR, StopSignals
 from profiling.dashboard.live_cells import LiveCells, cells_value
 from profiling.dashboard.live_plot import LivePlot
+from profiling.dashboard.menus import NO_ADAPTER, Follower, Menu, adapter_choices
 from profiling.dashboard.own_request import DEADLINE_S, MAX_AT_ONCE, OwnRequest
 from profiling.dashboard.results import REPRODUCE_TEMPLATE, sentence
 from profiling.figures import METHOD_STYLES
@@ -136,6 +136,7 @@ class LiveLoad:
         self.number = next(_load_numbers)
         self.marks: deque[views.Mark] = deque([views.Mark(0.0, "", wish.method)], maxlen=200)
         self.was_stopped = False
+        self.ended_by = ""  # why it was stopped by somebody else
         self.look = views.Look()
 
     def change(self, wish: Wish, traffic: Traffic, adapters: Mapping[str, Sequence[str]]) -> None:
@@ -156,7 +157,7 @@ class LiveLoad:
 
     def moment(self, num_loads: int) -> views.Moment:
         """How it stands now. num_loads: of all visitors together."""
-        driver, failure, ended = self.driver, "", not self.driver.running
+        driver, failure, ended = self.driver, self.ended_by, not self.driver.running
         if ended:
             try:
                 driver.join(0.0)
@@ -172,7 +173,7 @@ class LiveLoad:
             marks=list(self.marks),
             limits=self.wish.limits,
             saturation=driver.saturation,
-            state="failed" if failure else "stopped" if ended and self.was_stopped else "done" if ended else "running",
+            state="failed" if failure and ended else "stopped" if ended and self.was_stopped else "done" if ended else "running",
             failure=failure,
             max_s=MAX_S,
             num_loads=num_loads,
@@ -213,7 +214,7 @@ class LiveLoads:
             traffic, adapters = self._plan(wish)
             endless = EndlessTraffic(traffic, self._sources, adapters)
             driver = Driver(
-                {kind: self.engines[kind] for kind in self.engines},
+                self.engines,
                 wish.method,
                 endless,
                 duration_s=MAX_S,
@@ -240,6 +241,15 @@ class LiveLoads:
             if load is not None and load.driver.running:
                 load.was_stopped = True
                 load.driver.stop()
+
+    def replaced(self, kind: str) -> None:
+        """Another model serves this kind: end the loads that were planned for the old one, and keep nothing of it."""
+        with self._lock:
+            self._sources.pop(kind, None)
+            for load in self._loads.values():
+                if load.driver.running and kind in load.wish.mix(list(self.engines)):
+                    load.ended_by = f"The {kind} model was replaced by another: press Start again."
+                    load.driver.stop()
 
     def forget(self, session: str) -> None:
         """The browser has gone: stop its load and keep nothing."""
@@ -327,14 +337,19 @@ class LiveLoads:
         return shlex.join([*words, "--threads", str(torch.get_num_threads())])
 
 
-def build_live_load_tab(loads: LiveLoads, device_line: str) -> None:
-    """Lay out the tab and wire it; call it inside a `gr.Blocks` context. device_line: what computes, in words."""
+def build_live_load_tab(loads: LiveLoads, device_line: Callable[[], str]) -> list[Follower]:
+    """Lay out the tab and wire it; call it inside a `gr.Blocks` context. device_line: says what computes, in words."""
     engines = loads.engines
     both = {"code", "speech"} <= set(engines)
-    most_adapters = min(MAX_ADAPTERS, max((len(engine.adapters) for engine in engines.values()), default=1))
-    first = Wish(num_adapters=max(1, most_adapters), speech_percent=20.0 if both else 0.0)
-    batch = " and ".join(dict.fromkeys(str(engine.max_batch_size) for engine in engines.values()))
-    facts = f"{device_line} · at most {batch} requests a batch · live, not recorded"
+
+    def most_adapters() -> int:
+        return min(MAX_ADAPTERS, max((len(engine.adapters) for engine in engines.values()), default=1))
+
+    def facts() -> str:
+        batch = " and ".join(dict.fromkeys(str(engine.max_batch_size) for engine in engines.values()))
+        return f"{device_line()} · at most {batch} requests a batch · live, not recorded"
+
+    first = Wish(num_adapters=max(1, most_adapters()), speech_percent=20.0 if both else 0.0)
 
     with gr.Row(equal_height=False, elem_classes="bench load"):
         with gr.Column(scale=4, min_width=300, elem_classes="load-side"):
@@ -358,7 +373,7 @@ def build_live_load_tab(loads: LiveLoads, device_line: str) -> None:
                         interactive=True,
                     )
                 rate = _slider(MIN_RATE, MAX_RATE, first.rate, "rate, requests a second", "load-rate", step=0.5)
-                num_adapters = _slider(1, max(2, most_adapters), first.num_adapters, "adapters, of each model", "load-adapters")
+                num_adapters = _slider(1, max(2, most_adapters()), first.num_adapters, "adapters, of each model", "load-adapters")
                 new_tokens = _slider(1, MAX_NEW_TOKENS, first.new_tokens, "new tokens", "load-new-tokens")
                 prompt_tokens = _slider(
                     0, MAX_PROMPT_TOKENS, first.prompt_tokens, "prompt tokens (0: as the prompts are)", "load-prompt-tokens"
@@ -375,11 +390,10 @@ def build_live_load_tab(loads: LiveLoads, device_line: str) -> None:
                 with gr.Row(elem_classes="run-buttons"):
                     start = gr.Button("Start", variant="primary", scale=2, min_width=90, elem_id="load-start")
                     stop = gr.Button("Stop", variant="secondary", scale=1, min_width=70, interactive=False, elem_id="load-stop")
-            if "code" in engines:
-                _build_own_request(loads, method, new_tokens)
+            followers = [_build_own_request(loads, method, new_tokens)] if "code" in engines else []
         with gr.Column(scale=8, min_width=300, elem_classes="instrument"):
             status = LiveCells(views.STATUS_TEMPLATE, views.idle_status(), elem_id="load-status")
-            readouts = LiveCells(views.READOUTS_TEMPLATE, views.idle_readouts(facts), elem_id="load-readouts")
+            readouts = LiveCells(views.READOUTS_TEMPLATE, views.idle_readouts(facts()), elem_id="load-readouts")
             explanation = gr.HTML(views.explanation(MAX_S), apply_default_css=False, elem_id="load-explanation")
             with gr.Column(visible=False, elem_id="load-charts", elem_classes="load-charts") as area:
                 charts = [
@@ -434,7 +448,7 @@ def build_live_load_tab(loads: LiveLoads, device_line: str) -> None:
         buttons = [gr.skip()] * 3
         if ended:
             buttons = [gr.Timer(active=False), gr.Button(interactive=True), gr.Button(interactive=False)]
-        return [views.status(moment), views.readouts(moment, facts), *(figures[name] for name in views.CHARTS), *buttons]
+        return [views.status(moment), views.readouts(moment, facts()), *(figures[name] for name in views.CHARTS), *buttons]
 
     def adjust(request: gr.Request, *values: Any) -> list[Any]:
         try:
@@ -467,10 +481,20 @@ def build_live_load_tab(loads: LiveLoads, device_line: str) -> None:
         **_QUIET,
     )
 
+    def follow(values: Sequence[Any], opened: bool) -> list[Any]:
+        """The most adapters there are to ask for, and what depends on it; a page that was just opened asks for all."""
+        most = max(2, most_adapters())
+        anew = opened and most_adapters() != first.num_adapters
+        slider = gr.Slider(maximum=most, value=max(1, most_adapters())) if anew else gr.Slider(maximum=most)
+        return [slider, cells_value({"facts": html.escape(facts())})]
 
-def _build_own_request(loads: LiveLoads, method: gr.Dropdown, new_tokens: gr.Slider) -> None:
+    return [*followers, Follower([num_adapters, readouts], follow)]
+
+
+def _build_own_request(loads: LiveLoads, method: gr.Dropdown, new_tokens: gr.Slider) -> Follower:
     """The panel that sends one request of the visitor's own, with the load's method and as many new tokens."""
-    adapters = loads.engines["code"].adapters
+    engines = loads.engines
+    adapters = engines["code"].adapters
     examples = {tag: texts[0] for tag, texts in example_prompts().items() if texts}
     first = next((tag for tag, info in adapters.items() if FAMILY["flora"] in info.families), NO_ADAPTER)
 
@@ -493,8 +517,8 @@ def _build_own_request(loads: LiveLoads, method: gr.Dropdown, new_tokens: gr.Sli
             interactive=True,
         )
         with gr.Row(elem_classes="controls run-buttons own-buttons"):
-            adapter = gr.Dropdown(
-                adapter_choices("code", list(adapters)),
+            adapter = Menu(
+                adapter_choices("code", engines),
                 value=first,
                 label="adapter of your own request",
                 show_label=False,
@@ -553,6 +577,14 @@ def _build_own_request(loads: LiveLoads, method: gr.Dropdown, new_tokens: gr.Sli
     ).failure(could_not_begin, None, views_of_it, **_QUIET)
     stop.click(stop_it, None, [stop], **_QUIET)
     adapter.input(show_example, [adapter, prompt], [prompt], **_QUIET)
+
+    def follow(values: Sequence[Any], opened: bool) -> list[Any]:
+        chosen = values[0]
+        if opened and chosen not in engines["code"].adapters:
+            return [gr.Dropdown(choices=adapter_choices("code", engines), value=NO_ADAPTER)]
+        return [gr.Dropdown(choices=adapter_choices("code", engines, chosen))]
+
+    return Follower([adapter], follow, [adapter], [adapter])
 
 
 def _slider(least: float, most: float, value: float, label: str, elem_id: str, step: float = 1, visible: bool = True) -> gr.Slider:

@@ -2,80 +2,122 @@
 
 from __future__ import annotations
 
+import argparse
 import html
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
+from starlette.middleware import Middleware
 
 from flora.engine import Engine
 from profiling import workload
 from profiling.dashboard.accuracy import build_accuracy_tab
+from profiling.dashboard.adapters import AdapterDesk
 from profiling.dashboard.api import add_endpoints
 from profiling.dashboard.compare import build_compare_tab
 from profiling.dashboard.device import Device, StopSignals
+from profiling.dashboard.engines import Engines
 from profiling.dashboard.live_load import LiveLoads, build_live_load_tab
 from profiling.dashboard.live_plot import plotly_route
+from profiling.dashboard.menus import Follower, Following
+from profiling.dashboard.models import ModelDesk
+from profiling.dashboard.models_tab import build_models_tab
+from profiling.dashboard.policy import Policy
 from profiling.dashboard.theme import CSS_FILE, theme
+from profiling.dashboard.upload_quota import UploadQuota
+from profiling.dashboard.uploads import MAX_UPLOAD_BYTES
 
 TITLE = "fLoRA Live"
 MAX_QUEUE = 20  # events that gradio keeps waiting, beyond the runs in line for the device
 MAX_THREADS = 60  # every run in line holds one, the rest answers clicks
-MAX_FILE_SIZE = "10mb"
+MAX_CLIP_BYTES = 10 * 1000**2
 
 
 class Page(gr.Blocks):
-    """The page with the device it runs on; closing it stops the run under way, and the visitors' loads."""
+    """The page with the device it runs on; closing it stops the run under way and the visitors' loads, and removes their adapters'
+    files."""
 
-    def __init__(self, device: Device, loads: LiveLoads, **keywords: Any):
+    def __init__(self, device: Device, loads: LiveLoads, adapters: AdapterDesk, policy: Policy, **keywords: Any):
         super().__init__(**keywords)
-        self.device, self.loads = device, loads
+        self.device, self.loads, self.adapters, self.policy = device, loads, adapters, policy
 
     def close(self, verbose: bool = True) -> None:
         self.device.close()
         self.loads.close()
+        self.adapters.close()
         super().close(verbose)
 
 
-def build(engines: Mapping[str, Engine], results_folder: str | os.PathLike | None = None) -> Page:
-    """The page for these engines, kind ("code", "speech") -> engine; serve it with `demo.launch(**launch_options())`.
+def build(
+    engines: Mapping[str, Engine],
+    results_folder: str | os.PathLike | None = None,
+    policy: Policy | None = None,
+    options: argparse.Namespace | None = None,
+) -> Page:
+    """The page for these engines, kind ("code", "speech") -> engine; serve it with `demo.launch(**launch_options(demo))`.
 
     results_folder: the recorded evaluations that the Accuracy tab shows; it may be empty, or not there. None: those that ship.
+    policy: what visitors may change; None: as on a page that others can reach. options: of the command line that loaded the
+    engines, by which others are loaded; None: none can be.
     """
-    device, stops, loads = Device(), StopSignals(), LiveLoads(engines)
-    with Page(device, loads, title=TITLE, analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=True) as demo:
+    engines, policy = Engines(engines), policy or Policy()
+    device, stops, loads, adapters = Device(), StopSignals(), LiveLoads(engines), AdapterDesk(engines)
+    engines.when_replaced(loads.replaced)
+    models = None if options is None else ModelDesk(engines, device, options)
+
+    @lru_cache(maxsize=1)
+    def device_line_at(number: int) -> str:
+        return device_line(engines)
+
+    def line() -> str:
+        return device_line_at(engines.number)
+
+    with Page(
+        device, loads, adapters, policy, title=TITLE, analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=True
+    ) as demo:
         with gr.Column(elem_id="flora-page"):
-            gr.HTML(_head(engines), apply_default_css=False, elem_id="head")
+            head = gr.HTML(_head(line()), apply_default_css=False, elem_id="head")
             with gr.Tabs(elem_classes="tabs"):
-                with gr.Tab("Compare", id="compare"):
-                    build_compare_tab(engines, device, stops)
+                with gr.Tab("Compare", id="compare") as compare_tab:
+                    followers = [build_compare_tab(engines, device, stops)]
+                selected, changes = [compare_tab.select], []
                 if engines:
-                    with gr.Tab("Live load", id="live-load"):
-                        build_live_load_tab(loads, device_line(engines))
+                    with gr.Tab("Live load", id="live-load") as load_tab:
+                        followers += build_live_load_tab(loads, line)
+                    with gr.Tab("Models", id="models") as models_tab:
+                        follower, changes = build_models_tab(models_tab, demo.load, adapters, models, policy)
+                    followers.append(follower)
+                    selected.append(load_tab.select)
                 with gr.Tab("Accuracy", id="accuracy") as accuracy_tab:
                     build_accuracy_tab(accuracy_tab, Path(results_folder or workload.ASSETS / "results"))
-        add_endpoints(engines, device)
+        followers.append(Follower([head], lambda values, opened: [_head(line())]))
+        Following(engines, followers).connect(selected, changes, demo.load)
+        add_endpoints(engines, device, adapters, policy)
 
         def forget(request: gr.Request) -> None:
             stops.forget(request.session_hash)
             loads.forget(request.session_hash)
+            adapters.leave(request.session_hash)
 
         demo.unload(forget)
     demo.queue(max_size=MAX_QUEUE, default_concurrency_limit=None)
     return demo
 
 
-def launch_options() -> dict[str, Any]:
+def launch_options(demo: Page) -> dict[str, Any]:
     """What `launch` needs besides an address: the look, plotly.js, and limits on what visitors may send and see."""
+    largest = MAX_UPLOAD_BYTES if "upload" in demo.policy.widest else MAX_CLIP_BYTES
     return {
         "theme": theme(),
         "css_paths": CSS_FILE,
-        "app_kwargs": {"routes": [plotly_route()]},
+        "app_kwargs": {"routes": [plotly_route()], "middleware": [Middleware(UploadQuota, most_bytes=largest + 64_000)]},
         "allowed_paths": [str(workload.ASSETS / "clips")],
-        "max_file_size": MAX_FILE_SIZE,
+        "max_file_size": largest,
         "show_error": False,
         "footer_links": ["api", "settings"],
         "run_history": False,
@@ -101,5 +143,5 @@ def device_line(engines: Mapping[str, Engine]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _head(engines: Mapping[str, Engine]) -> str:
-    return f'<header class="head"><h1>{TITLE}</h1><div class="device">{html.escape(device_line(engines))}</div></header>'
+def _head(line: str) -> str:
+    return f'<header class="head"><h1>{TITLE}</h1><div class="device">{html.escape(line)}</div></header>'

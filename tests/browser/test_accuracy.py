@@ -40,7 +40,8 @@ def app_url(chromium_path, results, tmp_path_factory) -> Iterator[str]:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         demo = app_page.build({}, results)
-        demo.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, **app_page.launch_options())
+        options = app_page.launch_options(demo)
+        demo.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, **options)
         yield f"http://127.0.0.1:{port}/"
         demo.close(verbose=False)
 

@@ -32,7 +32,7 @@ def test_adapters(client):
     for tags in adapters.values():
         assert len(tags) >= 3
         for facts in tags.values():
-            assert set(facts) == {"families", "ranks", "size_bytes", "layers"}
+            assert set(facts) == {"families", "types", "ranks", "size_bytes", "layers", "base_models"}
             assert set(facts["ranks"]) == set(facts["families"])
 
 
@@ -94,7 +94,8 @@ def test_a_forged_upload_is_refused(app_url, path):
 
 
 def test_private_events_are_not_listed(client):
-    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {"/compare", "/generate", "/adapters"}
+    listed = set(client.view_api(return_format="dict")["named_endpoints"])
+    assert listed == {"/compare", "/generate", "/adapters", "/add_adapter", "/remove_adapter"}
 
 
 def test_files_outside_are_not_served(app_url):

@@ -537,7 +537,7 @@ def test_the_page_reads_no_results_before_the_tab_is_opened(monkeypatch):
 def test_the_app_takes_another_folder_of_results(monkeypatch):
     given = []
     monkeypatch.setattr(app, "load_engines", lambda options: {})
-    monkeypatch.setattr(page, "build", lambda engines, folder: given.append(folder))
+    monkeypatch.setattr(page, "build", lambda engines, folder, *_: given.append(folder))
     for arguments in (["--results", "elsewhere"], []):
         app.build_demo(app.parser().parse_args(arguments))
     assert given == ["elsewhere", None]

@@ -16,10 +16,10 @@ from flora.engine import Agreement, Request
 from flora.errors import RequestError
 from profiling.dashboard import device as device_module
 from profiling.dashboard import own_request, page
-from profiling.dashboard.accuracy import _Menu
 from profiling.dashboard.code_html import highlighted, transcript
 from profiling.dashboard.device import Device, StopSignals
 from profiling.dashboard.live_plot import LivePlot, plot_value
+from profiling.dashboard.menus import Menu
 from profiling.dashboard.results import (
     FIGURES_TEMPLATE,
     MAX_ROWS,
@@ -226,7 +226,7 @@ def test_stop_signals_are_per_session_and_fresh_for_each_run():
 
 
 def test_a_choice_from_before_a_menu_changed_is_told_and_what_is_no_choice_is_not():
-    menu = _Menu(["cs_1", "cs_2"], render=False)
+    menu = Menu(["cs_1", "cs_2"], render=False)
     assert menu.preprocess("ar_1") == "ar_1" and menu.preprocess("cs_2") == "cs_2"
     assert [menu.preprocess(value) for value in (None, 7, ["cs_1"], {"a": 1})] == [None] * 4
     assert menu.get_block_name() == "dropdown"
@@ -238,7 +238,7 @@ def test_a_choice_from_before_a_menu_changed_is_told_and_what_is_no_choice_is_no
 @pytest.fixture(scope="module")
 def client(engines, tmp_path_factory):
     demo = page.build(engines, tmp_path_factory.mktemp("no results"))
-    demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **page.launch_options())
+    demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **page.launch_options(demo))
     yield Client(demo.local_url, verbose=False)
     demo.close(verbose=False)
 

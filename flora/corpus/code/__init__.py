@@ -10,6 +10,7 @@ A prompt is, as in MultiPL-E, the task in English as a comment and the function'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from flora.corpus.code.languages import LANGUAGES, Language
 from flora.corpus.code.problems import FAMILIES, Problem, problems
@@ -55,8 +56,9 @@ def runnable(problem: Problem, tag: str, completion: str) -> str:
     return writer.file([source], [(problem.function, problem.cases)])
 
 
+@cache
 def example_prompts(count: int = 3) -> dict[str, list[str]]:
-    """A few held-out prompts per language, of different families, for an examples menu."""
+    """A few held-out prompts per language, of different families, for an examples menu. Everybody gets the same one: leave it."""
     families = ("fold_numbers", "collect_numbers", "label_number", "count_numbers", "change_text", "common_divisor")
     slots = [(tag, families[(i * count + j) % len(families)]) for i, tag in enumerate(LANGUAGES) for j in range(count)]
     chosen: dict[str, list[str]] = {tag: [] for tag in LANGUAGES}
