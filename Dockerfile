@@ -27,7 +27,8 @@ COPY --chown=1000:1000 . ./
 RUN chown 1000:1000 .
 
 USER 1000
-ENV HOME=/home/user HF_HOME=/home/user/.cache/huggingface PYTHONUNBUFFERED=1
+# Two arenas: with one for each thread, glibc keeps memory that was given back in all of them.
+ENV HOME=/home/user HF_HOME=/home/user/.cache/huggingface PYTHONUNBUFFERED=1 MALLOC_ARENA_MAX=2
 EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:7860/', timeout=4)"]

@@ -75,9 +75,10 @@ def _lora(checkpoint: Checkpoint) -> Meaning:
     of_layer = {_layer(key, suffix): bias for key, bias in biases.items()}
     factors: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     added_biases: dict[str, Tensor] = {}
+    alpha_of = _alphas(config, name)
     for layer, (A, B) in _pairs(checkpoint, ".lora_A.weight", ".lora_B.weight", ignore=biases).items():
         rank = _common_rank(layer, A.shape[0], B.shape[1], name)
-        alpha = _alpha(config, layer, rank, name)
+        alpha = alpha_of(layer, rank)
         scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         factors[layer] = (A, B.T.contiguous() * scale)
         if config.get("lora_bias"):
@@ -223,19 +224,23 @@ def _refuse_trained_biases(checkpoint: Checkpoint) -> None:
         )
 
 
-def _alpha(config: dict, layer: str, rank: int, name: str) -> float:
-    """PEFT's lora_alpha, or that of the first alpha_pattern whose key, a regular expression, matches the layer's name's end."""
-    alpha, pattern = config.get("lora_alpha", rank), config.get("alpha_pattern") or {}
+def _alphas(config: dict, name: str) -> Callable[[str, int], float]:
+    """(layer, rank) → PEFT's lora_alpha, or that of the first alpha_pattern whose key, a regular expression, matches the layer's
+    name's end."""
+    pattern = config.get("alpha_pattern") or {}
     if not isinstance(pattern, dict):
         raise CheckpointError(f"adapter {name}: alpha_pattern is not an object; save the adapter again")
-    for key, value in pattern.items():
+    compiled = []
+    for key, alpha in pattern.items():
         try:
-            matches = re.match(rf"(.*\.)?({key})$", layer)
+            compiled.append((re.compile(rf"(.*\.)?({key})$"), alpha))
         except re.error as error:
             raise CheckpointError(f"adapter {name}: alpha_pattern {key!r} is not a regular expression ({error.msg})") from error
-        if matches:
-            alpha = value
-            break
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"adapter {name}: the lora_alpha of layer {layer} is {alpha!r}, not a finite number")
-    return alpha
+
+    def alpha_of(layer: str, rank: int) -> float:
+        alpha = next((value for expression, value in compiled if expression.match(layer)), config.get("lora_alpha", rank))
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise CheckpointError(f"adapter {name}: the lora_alpha of layer {layer} is {alpha!r}, not a finite number")
+        return alpha
+
+    return alpha_of

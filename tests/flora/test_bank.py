@@ -13,6 +13,7 @@ from tiny_bank import LAYERS, NUM_FACTORS, SHAPES, D, Net, adapter, assert_holds
 from flora import AdapterError, Request, UnknownAdapterError, ops
 from flora.bank import IDENTITY_SLOT, AdapterBank
 from flora.formats import Adapter
+from flora.routing import route
 from flora.store import AdapterCounters
 
 LENGTHS = (3, 12, 7)  # new tokens: rows end apart, so the batch is compacted while it runs
@@ -236,8 +237,7 @@ def test_a_rank_costs_what_it_is(bank, method, family):
 def test_layers_of_the_same_ranks_share_what_is_worked_out(bank, monkeypatch):
     """A batch is routed once for all layers of the same ranks, and its plans are made once for all steps."""
     made = []
-    route = ops.route
-    monkeypatch.setattr(ops, "route", lambda *args: made.append(args) or route(*args))
+    monkeypatch.setattr("flora.bank.route", lambda *args: made.append(args) or route(*args))
     for seed in range(4):
         bank.add(f"both{seed}", [adapter("flora", 3, seed)])
     bank.add("first", [adapter("flora", 3, 5, ("first",))])

@@ -500,7 +500,11 @@ class TestBrokenFiles:
         (folder / CONFIG_FILE).unlink()
         assert_refused(folder, "adapter_config.json is missing")
 
-    @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\xfa", b"[" * 100_000], ids=["cut", "empty", "not text", "nested"])
+    @pytest.mark.parametrize(
+        "content",
+        [b"{", b"", b"\xff\xfe\xfa", b"[" * 100_000, b'{"r": ' + b"9" * 5000 + b"}"],
+        ids=["cut", "empty", "not text", "nested", "a number without end"],
+    )
     def test_broken_json(self, kind, folder, content):
         (folder / CONFIG_FILE).write_bytes(content)
         assert_refused(folder, "adapter_config.json is not valid JSON")

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from flora import ops
 from flora.cost import cheaper_form
+from flora.routing import gather_components
 
 FORMS = {
     "flora": (ops.flora, ops.flora_expand, ops.flora_modulate),
@@ -171,8 +172,7 @@ def test_every_form_with_one_rank(l, rank, stored):
 def test_a_routing_for_one_layer_keeps_its_factors_and_gathers_them_once(slots, monkeypatch):
     """Step after step of one layer is what the reference says of that step's rows; another layer's factors are not mixed in."""
     gathered = []
-    gather = ops._gather
-    monkeypatch.setattr(ops, "_gather", lambda *args: gathered.append(args) or gather(*args))
+    monkeypatch.setattr("flora.routing.gather_components", lambda *args: gathered.append(args) or gather_components(*args))
     steps = [Problem(7, 1, 33, 17, torch.float32, seed) for seed in range(2)]
     shared = ops.route(slots or steps[0].slots.tolist(), RANKS, RANK)
     gathering = [(family, form) for family, form in ALL_FORMS if form in (ops.flora, ops.flora_expand, ops.bmm_lora)]
