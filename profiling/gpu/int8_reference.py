@@ -23,7 +23,7 @@ def bitsandbytes() -> ModuleType | None:
 
 
 def eight_bit_call(problem: Problem) -> Callable[[], Tensor] | None:
-    """The problem's int8 layer as bitsandbytes computes it, in the expanded form. None for another layer, and without the package."""
+    """The problem's int8 layer as bitsandbytes computes it, in the expanded form; None for any other, and without the package."""
     layers = bitsandbytes() if problem.scales is not None else None
     if layers is None:
         return None

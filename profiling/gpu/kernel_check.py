@@ -1,4 +1,4 @@
-"""Every kernel against the plain reference in float64, on shapes that fit no tile. A wrong one ends the run before anything is timed."""
+"""Every kernel against the plain reference in float64, on shapes that fit no tile. A wrong one ends the run: nothing is timed."""
 
 from __future__ import annotations
 

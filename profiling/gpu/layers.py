@@ -20,8 +20,8 @@ from flora.engine.graphs import CudaCapture
 from profiling.gpu.budget import Budget, Pace
 from profiling.gpu.int8_reference import EIGHT_BIT, eight_bit_call
 from profiling.gpu.problem import GATHERED, Problem
-from profiling.gpu.session import Session
-from profiling.timing import median, paired_ratio, quantiles, timed
+from profiling.gpu.session import Session, ratio_row
+from profiling.timing import median, quantiles, timed
 
 METHODS = ("base", "flora", "flora-expand", "flora-modulate", "bmm-lora", GATHERED, "loop-lora", "sgmv-lora")
 WIDTHS = {6144: "starcoder", 4096: "llama-2-7b", 2048: "starcoderbase-1b", 5120: "llama-2-13b", 2816: "starcoderbase-3b"}
@@ -108,14 +108,12 @@ class Rounds:
         return taken
 
 
-def work_of(point: LayerPoint, method: str, form: str | None) -> tuple[float, float]:
-    """Bytes that must move at least, and operations: what physics asks of a method."""
-    as_form = {"decode": "flora-expand", "modulate": "flora-modulate"}.get(form or "", "flora-expand" if method == "flora" else method)
-    as_form = {GATHERED: "bmm-lora", EIGHT_BIT: "flora-expand"}.get(as_form, as_form)
+def work_of(point: LayerPoint, method: str, computed_as: str) -> tuple[float, float]:
+    """Bytes that must move at least, and operations, of a method that is computed as another one or its own."""
     numbers = 2 * point.width * point.batch * point.tokens  # x and y
     numbers += 0 if method == "base" else 2 * point.width * point.batch * point.rank  # A and B
     weight_bytes = point.width**2 * (1 if point.kind == "int8" else 2)
-    operations = 2 * point.batch * multiply_adds(as_form, point.tokens, point.rank, point.width, point.width)
+    operations = 2 * point.batch * multiply_adds(computed_as, point.tokens, point.rank, point.width, point.width)
     return weight_bytes + 2.0 * numbers, float(operations)
 
 
@@ -156,8 +154,9 @@ def _measure_point(
     rows = []
     for method, taken in seconds.items():
         form, middle = problem.form_of(method), median(taken)
-        num_bytes, operations = work_of(point, method, form)
-        ratio = paired_ratio(taken, seconds["base"], session.seed)
+        computed_as = "flora-expand" if method == EIGHT_BIT else problem.computed_as(method)
+        num_bytes, operations = work_of(point, method, computed_as)
+        over = {f"over_{name}": ratio_row(taken, seconds[name], session.seed) for name in ("base", "flora")}
         rows.append(
             session.record(
                 "layers",
@@ -173,13 +172,14 @@ def _measure_point(
                     "popularity": "distinct",
                     "method": method,
                     "form": form,
+                    "computed_as": computed_as,
                     "dtype": str(problem.dtype).removeprefix("torch."),
                     "quantize": "int8" if point.kind == "int8" else None,
                     "launched": launched[method],
                     "repeats": repeats,
                     "median_s": middle,
                     "quantiles": quantiles(taken),
-                    "over_base": [ratio.median, ratio.low, ratio.high],
+                    **over,
                     "bytes": num_bytes,
                     "operations": operations,
                     "bandwidth_share": session.bandwidth_share(num_bytes, middle),

@@ -59,6 +59,13 @@ class Problem:
         """The kernel that serves a method, None where none does."""
         return self.kernels.form_of(method, self.x.shape[1], self.routing)
 
+    def computed_as(self, method: str) -> str:
+        """The method whose multiply-adds it has: of `flora`, the form that it takes here."""
+        kernel = {"decode": "flora-expand", "modulate": "flora-modulate", "sgmv": "sgmv-lora"}.get(self.form_of(method) or "")
+        if kernel is None and method == "flora" and self.scales is None:
+            return self.routing.cheaper_form(self.x.shape[1], self.weight.element_size(), self.x.device.type)
+        return kernel or {GATHERED: "bmm-lora", "flora": "flora-expand"}.get(method, method)
+
     def call_of(self, method: str) -> Callable[[], Tensor] | None:
         """The method as the engine serves it on a GPU: by its kernel, else by PyTorch. None where there is no way.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -10,6 +11,7 @@ import torch
 
 from flora.errors import RequestError
 from profiling.peaks import Peaks
+from profiling.timing import paired_ratio
 
 
 @dataclass
@@ -48,3 +50,9 @@ class Session:
     def matrix_share(self, operations: float, seconds: float, dtype: str) -> float:
         """Of the rate of matrix products that was measured in a dtype."""
         return operations / seconds / self.peaks.matrix_flops_per_s[dtype]
+
+
+def ratio_row(numerator: Sequence[float], denominator: Sequence[float], seed: int) -> list[float]:
+    """The median pairwise ratio of two series and the ends of its interval, for a row."""
+    ratio = paired_ratio(numerator, denominator, seed)
+    return [ratio.median, ratio.low, ratio.high]
