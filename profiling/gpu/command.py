@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TextIO
@@ -27,9 +28,11 @@ from profiling.gpu.budget import Budget
 from profiling.gpu.problem import GATHERED
 from profiling.gpu.session import Session
 
-WEIGHTS = {"kernels": 1.0, "layers": 2.5, "models": 6.0}
+WEIGHTS = {"kernels": 1.5, "layers": 2.5, "models": 6.0}
 """Of each part's share of the time."""
 TABLE_METHODS = ("flora", "bmm-lora", GATHERED, "sgmv-lora", "loop-lora")
+PRINTED_WIDTHS = (6144,)
+"""Of the table of layers: there are hundreds of settings, which are all in the rows."""
 NOTHING_MEASURED = "dry run: every path was taken, with tiny shapes on the CPU; no number here is a measurement"
 
 
@@ -132,6 +135,8 @@ def _layers(session: Session, kernels: ModuleType, budget: Budget) -> None:
         num_points += 1
         by_method = {row["method"]: row for row in rows}
         first, base = rows[0], by_method["base"]
+        if first["d_in"] not in PRINTED_WIDTHS and not session.dry_run:
+            continue
         line = [first["phase"], first["quantize"] or first["dtype"], str(first["d_in"]), str(first["batch"]), str(first["rank"])]
         line += [f"{1e6 * base['median_s']:,.1f}", f"{100 * base['bandwidth_share']:.0f} %"]
         line += [f"{by_method[name]['over_base'][0]:.2f}" if name in by_method else "" for name in TABLE_METHODS]
@@ -141,7 +146,8 @@ def _layers(session: Session, kernels: ModuleType, budget: Budget) -> None:
     heads = ["phase", "weights", "width", "batch", "rank", "base µs", "bandwidth", *TABLE_METHODS]
     heads += ["flora's bandwidth", "matrix rate", "form"]
     total = len(layers.tiny_points() if session.dry_run else layers.points())
-    print(f"layers: {num_points} of {total} settings; times over the bare layer's, shares of what was measured above")
+    widths = "" if session.dry_run else f", those of width {' and '.join(map(str, PRINTED_WIDTHS))} here"
+    print(f"layers: {num_points} of {total} settings{widths}; times over the bare layer's, shares of what was measured above")
     print(text_table(heads, lines), end="\n\n", flush=True)
 
 
@@ -171,6 +177,8 @@ def _models(session: Session, budget: Budget) -> None:
 def _promises(session: Session) -> int:
     subject = promises.TINY if session.dry_run else promises.Subject()
     figures = promises.promises(session.rows, subject)
+    if session.dry_run:
+        figures = [replace(figure, target=None) for figure in figures]
     for figure in figures:
         row = figure.as_row()
         session.record("promises", {"measures": "promise", "of": row.pop("part"), **row})

@@ -68,9 +68,9 @@ def tiny_points() -> list[LayerPoint]:
     """For an interpreter: every phase and kind."""
     return [
         LayerPoint("decode", "bfloat16", 64, 2, 1, 2),
-        LayerPoint("prefill", "bfloat16", 64, 2, 3, 2),
+        LayerPoint("prefill", "bfloat16", 64, 2, 17, 8),
         LayerPoint("decode", "int8", 64, 2, 1, 2),
-        LayerPoint("prefill", "int8", 64, 2, 17, 1),
+        LayerPoint("prefill", "int8", 64, 2, 17, 4),
     ]
 
 

@@ -27,7 +27,7 @@ class Subject:
     graphs: bool = True
 
 
-TINY = Subject(64, 3, "code", 2, graphs=False)
+TINY = Subject(64, 17, "code", 2, graphs=False)
 
 
 def promises(rows: Iterable[dict], subject: Subject = Subject()) -> list[Figure]:

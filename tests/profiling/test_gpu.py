@@ -1,7 +1,7 @@
 """What `python -m profiling gpu` does without a GPU: every path in a dry run, the time it gives out, the rows it keeps.
 
-A dry run has Triton interpret the kernels, which is settled when they are defined: it has a process of its own, which also lacks all
-that a bare GPU machine lacks.
+A dry run has Triton interpret the kernels, which is settled when they are defined: it has a process of its own, which also lacks
+what a bare GPU machine lacks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 BARE_MACHINE = """
 import sys
 
-MISSING = {"gradio", "gradio_client", "plotly", "pandas", "bitsandbytes", "soundfile", "soxr", "datasets", "jiwer", "pyarrow", "scipy"}
+MISSING = {"gradio", "gradio_client", "plotly", "pandas", "bitsandbytes", "soundfile", "soxr", "datasets", "jiwer", "pyarrow"}
 
 
 class Without:
@@ -89,6 +89,7 @@ def test_a_dry_run_takes_every_path_on_a_bare_machine(dry_run):
         (form, kind) for form in ("decode", "modulate") for kind in ("bfloat16", "float16", "float32", "int8")
     }
     timed = [row for row in rows if row["part"] == "layers"]
+    assert {row["form"] for row in timed if row["method"] == "flora"} == {"decode", "modulate"}
     for phase in ("decode", "prefill"):
         methods = {row["method"] for row in timed if row["phase"] == phase and row["quantize"] is None}
         assert methods == set(layers.METHODS), phase
@@ -129,6 +130,7 @@ def test_a_dry_run_comes_to_every_promise(dry_run):
         "int8 decode: r-fold rows through bitsandbytes' layer over flora"
     ]
     assert all(what in done.stdout for what in told)
+    assert not any(row["target"] or row["holds"] for row in rows if row["part"] == "promises"), "and none of them is judged"
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
