@@ -131,7 +131,7 @@ class Sweep:
     """One sweep of one engine, which has to have room for a rank's adapters and a queue for all of a run's requests.
 
     command: what makes it again. should_stop: as `run_load` takes it; what was measured by then is the result. add_adapters: what
-    registers a rank's, as `add_random_adapters` does.
+    registers a rank's, by default `add_random_adapters`.
     """
 
     def __init__(
@@ -141,9 +141,9 @@ class Sweep:
         settings: SweepSettings,
         command: str,
         should_stop: Callable[[], bool] = lambda: False,
-        add_adapters: Callable[..., Sequence[str]] = add_random_adapters,
+        add_adapters: Callable[..., Sequence[str]] | None = None,
     ) -> None:
-        self.add_adapters = add_adapters
+        self.add_adapters = add_adapters or add_random_adapters
         self.engine, self.source, self.settings, self.command, self.should_stop = engine, source, settings, command, should_stop
         self.capacity: float | None = None
         self.rates = settings.rates

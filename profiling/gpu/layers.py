@@ -1,8 +1,8 @@
 """Single layers of the paper's models: every method in turn, decode and prefill, beside what the hardware allows.
 
 On a GPU each method's call is captured in a CUDA graph and replayed, so that the host's time is in no number, and what other calls
-left in the L2 cache is flushed before each. Times are those of device events. A method that cannot be captured is timed as it is
-launched, and its row says so.
+left in the L2 cache is flushed before each. Times are those of device events; `empty_s` of a row is what they say of a graph that
+does next to nothing. A method that cannot be captured is timed as the host launches it, and its row says so.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -24,6 +25,7 @@ from profiling.gpu.session import Session, ratio_row
 from profiling.timing import median, quantiles, timed
 
 METHODS = ("base", "flora", "flora-expand", "flora-modulate", "bmm-lora", GATHERED, "loop-lora", "sgmv-lora")
+NOTHING = "nothing"
 WIDTHS = {6144: "starcoder", 4096: "llama-2-7b", 2048: "starcoderbase-1b", 5120: "llama-2-13b", 2816: "starcoderbase-3b"}
 """d_in = d_out → the model that has such layers, the most telling first."""
 RANKS = (1, 4, 16, 2, 8, 64, 32)
@@ -82,7 +84,7 @@ class Rounds:
         self._flushed: Tensor | None = None
         if device.type == "cuda":
             size = max(FLUSHED_BYTES, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
-            self._flushed = torch.empty(size, dtype=torch.uint8, device=device)
+            self._flushed = torch.zeros(size // 4, device=device)
 
     def seconds(self, calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
         """(rounds,) seconds of each; a few rounds before them are not counted."""
@@ -95,7 +97,7 @@ class Rounds:
                     taken[name] += [seconds] if round_number >= 0 else []
                     continue
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self._flushed.zero_()
+                self._flushed.sum()  # read, not written: what is dirty would be written back on the next call's time
                 begin.record()
                 call()
                 end.record()
@@ -148,9 +150,11 @@ def _measure_point(
             if call is None or (expands and point.rank * point.batch * point.tokens > MAX_EXPANDED_TOKENS):
                 continue
             calls[method], launched[method] = _captured(call, session.device)
+        calls[NOTHING], _ = _captured(partial(torch.zeros(1, device=session.device).add_, 1.0), session.device)
         started = time.perf_counter()
         seconds = rounds.seconds(calls, repeats)
         repeats_s = time.perf_counter() - started
+    empty_s = median(seconds.pop(NOTHING))
     rows = []
     for method, taken in seconds.items():
         form, middle = problem.form_of(method), median(taken)
@@ -177,6 +181,7 @@ def _measure_point(
                     "quantize": "int8" if point.kind == "int8" else None,
                     "launched": launched[method],
                     "repeats": repeats,
+                    "empty_s": empty_s,
                     "median_s": middle,
                     "quantiles": quantiles(taken),
                     **over,

@@ -98,15 +98,21 @@ def measure(session: Session, budget: Budget) -> Iterator[dict]:
     """Measure one job after the other, each within its share of the budget, and yield each row as it comes."""
     jobs = tiny_jobs() if session.dry_run else JOBS
     size = TINY if session.dry_run else Size()
+    loading_s = 0.0  # the longest so far
     for place, job in enumerate(jobs):
         own = budget.share(job.weight, sum(other.weight for other in jobs[place + 1 :]))
         if job.quantize == "int8" and bitsandbytes() is None:
             yield _told(session, job, "bitsandbytes, which makes 8-bit layers, is not installed")
             continue
+        if budget.left_s <= loading_s:
+            yield _told(session, job, "there was no time left")
+            continue
+        measured = _Measured(session, job, size, own)
         try:
-            yield from _Measured(session, job, size, own).rows()
+            yield from measured.rows()
         except torch.cuda.OutOfMemoryError:
             yield _told(session, job, "the GPU's memory does not hold it")
+        loading_s = max(loading_s, measured.loading_s)
         gc.collect()
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -121,11 +127,12 @@ class _Measured:
 
     def __init__(self, session: Session, job: Job, size: Size, budget: Budget) -> None:
         self.session, self.job, self.size, self.budget = session, job, size, budget
+        self.loading_s = 0.0
         self._longest: dict[str, float] = {}
 
     def rows(self) -> Iterator[dict]:
         job, session, size = self.job, self.session, self.size
-        on_gpu = session.device.type == "cuda"
+        on_gpu, started = session.device.type == "cuda", time.perf_counter()
         engine = Engine.from_pretrained(
             job.model,
             device=session.device,
@@ -138,6 +145,7 @@ class _Measured:
             static_shapes=job.graphs,
             cuda_graphs=job.graphs and on_gpu,
         )
+        self.loading_s = time.perf_counter() - started
         try:
             source = clips(engine) if job.kind == "speech" else sources_of({job.kind: engine})[job.kind]
             for rank in job.step_ranks:

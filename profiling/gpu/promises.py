@@ -89,6 +89,8 @@ def _worst(
         return Figure(part, what, None, None, None, 0, target, at_most, unit)
     (value, low, high), row = (max if at_most else min)(found, key=lambda one: one[0][0])
     where = f", at worst: batch {row['batch']}, rank {row['rank']}"
+    # What the host has to launch piece by piece is slower for that alone: whoever reads the figure should know.
+    where += ", launched by the host" if row.get("launched") == "eager" else ""
     return Figure(part, what + where, value, low, high, len(found), target, at_most, unit)
 
 

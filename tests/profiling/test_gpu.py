@@ -20,7 +20,7 @@ import torch
 from flora.errors import RequestError
 from profiling import peaks
 from profiling.__main__ import main
-from profiling.gpu import layers, promises
+from profiling.gpu import layers, models, promises
 from profiling.gpu.budget import Budget, Pace
 from profiling.gpu.layers import LayerPoint
 from profiling.gpu.session import Session
@@ -312,3 +312,92 @@ def test_work_is_counted_as_it_is_computed():
     more_bytes, more_operations = layers.work_of(point, "flora", "flora-expand")
     assert more_bytes == num_bytes + 2 * 2 * 3 * 4 * 64 and more_operations == 2 * 3 * 4 * (64 * 64 + 2 * 64)
     assert layers.work_of(LayerPoint("decode", "int8", 64, 3, 1, 4), "base", "base")[0] == num_bytes - 64 * 64
+
+
+# ------------------------------------------------------------------------------------------- what only a GPU does, in parts
+
+
+def test_on_a_gpu_times_are_those_of_events_around_each_call(monkeypatch):
+    """A stand-in for a GPU's events: each call moves its clock, and so does what flushes the cache, before the clock is read."""
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    class Buffer:
+        def sum(self) -> None:
+            now[0] += 1000.0
+
+    def takes(milliseconds: float) -> None:
+        now[0] += milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    rounds = layers.Rounds(torch.device("cpu"))
+    rounds._flushed = Buffer()
+    seconds = rounds.seconds({"one": lambda: takes(2.0), "other": lambda: takes(5.0)}, 3)
+    assert seconds == {"one": [0.002] * 3, "other": [0.005] * 3}
+
+
+def test_what_cannot_be_captured_is_launched_and_says_so(monkeypatch):
+    def capture(device):
+        def take(function):
+            if function is waits:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return (lambda: "replayed"), None
+
+        return take
+
+    def waits() -> str:
+        return "launched"
+
+    monkeypatch.setattr(layers, "CudaCapture", capture)
+    gpu = torch.device("cuda")
+    call, how = layers._captured(waits, gpu)
+    assert (call(), how) == ("launched", "eager")
+    call, how = layers._captured(lambda: "launched", gpu)
+    assert (call(), how) == ("replayed", "graph")
+    assert layers._captured(waits, torch.device("cpu"))[1] == "eager"
+
+
+def test_a_model_that_cannot_be_measured_is_told_of_and_the_others_are(tmp_path, monkeypatch):
+    """One does not fit into memory, one needs a package that is not there, and for one there is no time."""
+
+    class Measured:
+        loading_s = 5.0
+
+        def __init__(self, session, job, size, budget) -> None:
+            self.session, self.job = session, job
+
+        def rows(self):
+            if self.job.model == "large":
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            clock.now += 7.0
+            yield self.session.record("models", {"measures": "decode step", "model": self.job.model})
+
+    clock = Clock()
+    jobs = [
+        models.Job("large", 1, ()),
+        models.Job("small", 1, ()),
+        models.Job("small", 1, (), quantize="int8"),
+        models.Job("last", 1, ()),
+    ]
+    monkeypatch.setattr(models, "_Measured", Measured)
+    monkeypatch.setattr(models, "tiny_jobs", lambda: jobs)
+    monkeypatch.setattr(models, "bitsandbytes", lambda: None)
+    rows = list(models.measure(session(tmp_path), Budget(10.0, clock)))
+    assert [(row["model"], row["measures"]) for row in rows] == [
+        ("large", "nothing"),
+        ("small", "decode step"),
+        ("small", "nothing"),
+        ("last", "nothing"),
+    ]
+    reasons = [row["reason"] for row in rows if row["measures"] == "nothing"]
+    assert ["memory" in reasons[0], "bitsandbytes" in reasons[1], "no time" in reasons[2]] == [True] * 3
