@@ -33,6 +33,7 @@ BATCHES = (1, 8, 32, 4, 64, 16, 2)
 PREFILL_BATCHES = (4, 1, 16)
 PREFILL_TOKENS = 512  # of each row, which has an adapter of its own
 FEWEST_ROUNDS, MOST_ROUNDS, WARMUP_ROUNDS = 9, 40, 2
+DRY_ROUNDS = 2
 MAX_EXPANDED_TOKENS = 1 << 15  # beyond, the expanded form of a prefill takes seconds and gigabytes
 FLUSHED_BYTES = 256 << 20  # at least; several times the L2 of any GPU, and a head start for the host
 
@@ -77,20 +78,20 @@ def tiny_points() -> list[LayerPoint]:
 
 
 class Rounds:
-    """Calls in turn, round after round, each timed by itself."""
+    """Calls in turn, round after round, each timed by itself. warmup: rounds before them, not counted."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, warmup: int = WARMUP_ROUNDS) -> None:
+        self.device, self.warmup = device, warmup
         self._flushed: Tensor | None = None
         if device.type == "cuda":
             size = max(FLUSHED_BYTES, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
             self._flushed = torch.zeros(size // 4, device=device)
 
     def seconds(self, calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-        """(rounds,) seconds of each; a few rounds before them are not counted."""
+        """(rounds,) seconds of each."""
         taken: dict[str, list[float]] = {name: [] for name in calls}
         events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        for round_number in range(-WARMUP_ROUNDS, rounds):
+        for round_number in range(-self.warmup, rounds):
             for name, call in calls.items():
                 if self._flushed is None:
                     _, seconds = timed(call, self.device)
@@ -122,8 +123,8 @@ def work_of(point: LayerPoint, method: str, computed_as: str) -> tuple[float, fl
 def measure(session: Session, kernels: ModuleType, budget: Budget) -> Iterator[list[dict]]:
     """Measure one point after the other, for as long as the budget lasts, and yield each one's rows, a row for each method."""
     wanted = tiny_points() if session.dry_run else points()
-    fewest, most = (2, 2) if session.dry_run else (FEWEST_ROUNDS, MOST_ROUNDS)
-    pace, rounds = Pace(budget, len(wanted), fewest, most), Rounds(session.device)
+    fewest, most = (DRY_ROUNDS, DRY_ROUNDS) if session.dry_run else (FEWEST_ROUNDS, MOST_ROUNDS)
+    pace, rounds = Pace(budget, len(wanted), fewest, most), Rounds(session.device, 0 if session.dry_run else WARMUP_ROUNDS)
     for point in wanted:
         repeats = pace.repeats()
         if repeats is None:
