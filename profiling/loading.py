@@ -7,21 +7,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from flora.bank import PreparedAdapter
 from flora.engine import Engine
 from flora.engine.device import apart
 from flora.errors import ModelError, RequestError
 from flora.formats import Adapter
 from flora.ops import FAMILY
 from flora.random_adapters import FAMILIES, RandomAdapters
-from flora.store import StoredAdapter
 from profiling import workload
 
 
@@ -72,25 +69,6 @@ def add_random_adapters(
                 engine.bank.add(tag, make(), reload=make)
             else:
                 engine.add_adapter(tag, [paths[number] for paths in written])
-
-    apart(register)
-    return tags
-
-
-def add_random_copies(engine: Engine, count: int, rank: int, methods: Iterable[str], seed: int = 0) -> tuple[str, ...]:
-    """As `add_random_adapters`, but all tags have the same numbers: made once, in host memory once, in as many slots of the device.
-
-    For large models, whose adapters take seconds to make: what a step costs does not depend on what an adapter holds.
-    """
-    families = {FAMILY[method] for method in methods} - {None} or {"flora"}
-    tags = tuple(f"random-r{rank}-{number:04}" for number in range(count))
-
-    def register() -> None:
-        rows = [RandomAdapters(engine.bank.layers, family, rank, seed) for family in FAMILIES if family in families]
-        first = engine.bank.prepare(tags[0], _made(rows, 0))
-        for tag in tags:
-            stored = StoredAdapter(tag, first.stored.packed, first.info.size_bytes, reload=None, digest=None)
-            engine.bank.commit(PreparedAdapter(replace(first.info, name=tag), stored))
 
     apart(register)
     return tags

@@ -19,11 +19,11 @@ import torch
 
 from flora.engine import Engine, Generation
 from profiling import hardware, workload
+from profiling.gpu.adapters import add_random_copies
 from profiling.gpu.budget import Budget
 from profiling.gpu.int8_reference import bitsandbytes
 from profiling.gpu.session import Session, ratio_row
 from profiling.load_runs import LoadSettings, sources_of
-from profiling.loading import add_random_copies
 from profiling.sweep import PAPER_RATES, Sweep, SweepSettings
 from profiling.timing import median, quantiles, timed
 from profiling.traffic import Clip, Clips, Lengths, PlannedRequest, Source, Traffic

@@ -17,13 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from flora import Request
 from flora.errors import RequestError
 from profiling import peaks
 from profiling.__main__ import main
 from profiling.gpu import layers, models, promises
+from profiling.gpu.adapters import add_random_copies
 from profiling.gpu.budget import Budget, Pace
 from profiling.gpu.layers import LayerPoint
 from profiling.gpu.session import Session
+from profiling.loading import add_random_adapters
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -401,3 +404,25 @@ def test_a_model_that_cannot_be_measured_is_told_of_and_the_others_are(tmp_path,
     ]
     reasons = [row["reason"] for row in rows if row["measures"] == "nothing"]
     assert ["memory" in reasons[0], "bitsandbytes" in reasons[1], "no time" in reasons[2]] == [True] * 3
+
+
+def test_copies_are_made_once_and_have_a_slot_each(checkpoints):
+    """What they answer is what the first random adapter of that rank answers."""
+    engine = checkpoints["code"].engine(adapter_slots=3, max_batch_size=3)
+    tags = add_random_copies(engine, 3, 2, ("flora", "bmm-lora"), seed=5)
+    assert tags == ("random-r2-0000", "random-r2-0001", "random-r2-0002")
+    packed = {id(engine.bank._adapters[tag].stored.packed) for tag in tags}
+    assert len(packed) == 1, "one in host memory"
+    requests = [Request("x = 1", adapter=tag, max_new_tokens=6, ignore_eos=True) for tag in tags]
+    for method in ("flora", "bmm-lora"):
+        answers = [completion.token_ids for completion in engine.generate(requests, method)]
+        assert engine.snapshot().adapter_slots_used == 3
+        assert answers[0] == answers[1] == answers[2]
+        (first,) = engine.generate(requests[:1], method)
+        for tag in tags:
+            engine.remove_adapter(tag)
+        (own,) = add_random_adapters(engine, 1, 2, ("flora", "bmm-lora"), seed=5)
+        assert engine.generate(requests[:1], method)[0].token_ids == first.token_ids
+        engine.remove_adapter(own)
+        tags = add_random_copies(engine, 3, 2, ("flora", "bmm-lora"), seed=5)
+    engine.close()

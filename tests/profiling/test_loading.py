@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from flora import Request
-from profiling.loading import add_random_adapters, add_random_copies
-
 ROOT = Path(__file__).resolve().parents[2]
 
 COUNT_TEAMS = """
@@ -52,25 +49,3 @@ def test_only_the_compute_thread_has_a_team():
     process = subprocess.run([sys.executable, "-c", COUNT_TEAMS], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines() == ["registered 0", "read and served 0", "read again True", "added 0"], process.stdout
-
-
-def test_copies_are_made_once_and_have_a_slot_each(checkpoints):
-    """What they answer is what the first random adapter of that rank answers."""
-    engine = checkpoints["code"].engine(adapter_slots=3, max_batch_size=3)
-    tags = add_random_copies(engine, 3, 2, ("flora", "bmm-lora"), seed=5)
-    assert tags == ("random-r2-0000", "random-r2-0001", "random-r2-0002")
-    packed = {id(engine.bank._adapters[tag].stored.packed) for tag in tags}
-    assert len(packed) == 1, "one in host memory"
-    requests = [Request("x = 1", adapter=tag, max_new_tokens=6, ignore_eos=True) for tag in tags]
-    for method in ("flora", "bmm-lora"):
-        answers = [completion.token_ids for completion in engine.generate(requests, method)]
-        assert engine.snapshot().adapter_slots_used == 3
-        assert answers[0] == answers[1] == answers[2]
-        (first,) = engine.generate(requests[:1], method)
-        for tag in tags:
-            engine.remove_adapter(tag)
-        (own,) = add_random_adapters(engine, 1, 2, ("flora", "bmm-lora"), seed=5)
-        assert engine.generate(requests[:1], method)[0].token_ids == first.token_ids
-        engine.remove_adapter(own)
-        tags = add_random_copies(engine, 3, 2, ("flora", "bmm-lora"), seed=5)
-    engine.close()
