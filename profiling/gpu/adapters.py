@@ -14,8 +14,8 @@ from flora.store import StoredAdapter
 
 
 def add_random_copies(engine: Engine, count: int, rank: int, methods: Iterable[str], seed: int = 0) -> tuple[str, ...]:
-    """As `profiling.loading.add_random_adapters`, but all tags have the same numbers: made once, in host memory once, in as many slots
-    of the device. What a step costs does not depend on what an adapter holds.
+    """As `profiling.loading.add_random_adapters`, but all tags have the same numbers: made once, in host memory once, in a slot of
+    the device each. What a step costs does not depend on what an adapter holds.
     """
     families = {FAMILY[method] for method in methods} - {None} or {"flora"}
     tags = tuple(f"random-r{rank}-{number:04}" for number in range(count))
