@@ -14,6 +14,8 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from profiling.options import add_weights
+
 if TYPE_CHECKING:
     import gradio
 
@@ -59,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
         "--port", type=_port, default=_environment("PORT", "GRADIO_SERVER_PORT") or str(DEFAULT_PORT), help="default: PORT, or 7860"
     )
     for kind in KINDS:
-        parser.add_argument(f"--{kind}-model", metavar="MODEL", help=f"folder or hub id; default: the embedded {kind} model")
+        parser.add_argument(
+            f"--{kind}-model", metavar="MODEL", help=f"folder, hub id or short name; default: the embedded {kind} one"
+        )
         parser.add_argument(
             f"--{kind}-adapters",
             nargs="+",
@@ -68,9 +72,7 @@ def parser() -> argparse.ArgumentParser:
         )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; default: auto")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16; default: auto")
-    parser.add_argument(
-        "--quantize", choices=("int8", "nf4"), help="load the models' weights quantised, on a GPU; default: as they are"
-    )
+    add_weights(parser)
     parser.add_argument("--results", metavar="FOLDER", help="recorded evaluations that the page shows; default: those that ship")
     parser.add_argument("--threads", type=_count, metavar="N", help="torch's CPU threads; default: torch's own choice")
     return parser
@@ -78,33 +80,10 @@ def parser() -> argparse.ArgumentParser:
 
 def load_engines(options: argparse.Namespace) -> dict[str, Engine]:
     """kind -> engine, as the command line asks. Raises the FloraError that says what is wrong with a model or an adapter."""
-    import torch
-    import transformers
+    from profiling.loading import load_engine, set_threads
 
-    from flora import Engine, ModelError
-    from profiling import workload
-
-    transformers.utils.logging.disable_progress_bar()  # the models that ship load in a blink
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    engines = {}
-    for kind in KINDS:
-        model, given = getattr(options, f"{kind}_model"), getattr(options, f"{kind}_adapters")
-        if given:
-            adapters = workload.given_adapters(given)
-        else:  # the adapters that ship fit the models that ship
-            adapters = {} if model else workload.discover_adapters(workload.ASSETS / "adapters" / kind)
-        engine = Engine.from_pretrained(
-            model or workload.ASSETS / "models" / kind,
-            adapters=adapters,
-            device=options.device,
-            dtype=options.dtype,
-            quantize=options.quantize,
-        )
-        if engine.kind != kind:
-            raise ModelError(f"--{kind}-model names the {engine.kind} model {engine.name!r}: give a {kind} model")
-        engines[kind] = engine
-    return engines
+    set_threads(options.threads)
+    return {kind: load_engine(kind, options) for kind in KINDS}
 
 
 def build_demo(options: argparse.Namespace) -> gradio.Blocks:

@@ -1,29 +1,31 @@
-"""Base models: known names, where they come from, how they are loaded, and random weights at true shapes."""
+"""Base models: known names, where they come from, and how they are loaded."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     WhisperForConditionalGeneration,
 )
 
 from flora.errors import ModelError, first_line
+from flora.quantised import check_layers, check_quantisation, quantisation_config, threshold_of
+from flora.random_weights import random_weights
+from flora.shapes import SHAPES, generation_of, processor_of
 
 KNOWN_MODELS = {
     "starcoder": "bigcode/starcoder",
@@ -31,12 +33,12 @@ KNOWN_MODELS = {
     "starcoderbase-1b": "bigcode/starcoderbase-1b",
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "qwen2.5-coder-1.5b": "Qwen/Qwen2.5-Coder-1.5B",
     "whisper-large-v2": "openai/whisper-large-v2",
     "whisper-large-v3": "openai/whisper-large-v3",
 }
-"""Short names of the paper's base models on the hub."""
+"""Short names of base models on the hub: the paper's, and a newer one."""
 
-QUANTIZATIONS = (None, "int8", "nf4")
 WEIGHTS = ("pretrained", "random")
 
 
@@ -44,13 +46,17 @@ WEIGHTS = ("pretrained", "random")
 class LoadedModel:
     """A base model in evaluation mode with what turns requests into its inputs.
 
-    kind: "code" (a decoder-only language model) or "speech" (Whisper). processor: the tokenizer, or Whisper's processor.
+    kind: "code" (a decoder-only language model) or "speech" (Whisper). processor: the tokenizer, or Whisper's processor. weights,
+    quantize, llm_int8_threshold: how it was loaded; the threshold is None unless its weights have 8 bits.
     """
 
     kind: str
     name: str
     model: PreTrainedModel
     processor: Any
+    weights: str = "pretrained"
+    quantize: str | None = None
+    llm_int8_threshold: float | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -94,90 +100,68 @@ def load_model(
     quantize: str | None = None,
     weights: str = "pretrained",
     seed: int = 0,
+    llm_int8_threshold: float | None = None,
 ) -> LoadedModel:
     """Load a model by short name, hub id or local folder. safetensors only.
 
-    weights="random" builds the true shapes without reading any weight: created without storage, then filled in place in the final
-    dtype. Raises ModelError with the way out for an unknown name, a gated model, an architecture that is not served, or nonsense
-    options.
+    quantize: "int8" or "nf4", all linear layers but the output head, by bitsandbytes. llm_int8_threshold: from which size on an
+    input of an 8-bit layer is an outlier, 0.0 for never; None: 6.0. weights="random" builds the true shapes without reading any
+    weight: created without storage, then filled in place in the final dtype; for the models of `KNOWN_MODELS` nothing at all is
+    read, and a byte is a token. Raises ModelError with the way out for an unknown name, a gated model, an architecture that is not
+    served, or nonsense options.
     """
-    if quantize not in QUANTIZATIONS:
-        raise ModelError(f"quantize {quantize!r} is unknown: use int8, nf4 or None")
+    check_quantisation(quantize, llm_int8_threshold)
     if weights not in WEIGHTS:
         raise ModelError(f"weights {weights!r} is unknown: use pretrained or random")
-    if weights == "random" and quantize is not None:
-        raise ModelError("random weights cannot be quantised; choose weights='pretrained' or quantize=None")
     source = KNOWN_MODELS.get(str(name), str(name))
     display = str(name) if source != str(name) or not Path(source).exists() else Path(source).resolve().name
     if not Path(source).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         known = ", ".join(KNOWN_MODELS)
         raise ModelError(f"model {Path(source).name!r} is neither a folder here nor a hub id; short names are {known}")
     chosen_device = choose_device(device)
-    config = _explained(AutoConfig.from_pretrained, source, display)
+    is_offline = weights == "random" and source in SHAPES and not Path(source).is_dir()
+    config = SHAPES[source]() if is_offline else _explained(AutoConfig.from_pretrained, source, display)
     chosen_dtype = choose_dtype(dtype, chosen_device, config)
+    quantisation = None if quantize is None else quantisation_config(quantize, chosen_dtype, llm_int8_threshold)
     kind = "speech" if config.model_type == "whisper" else "code"
     auto_model = WhisperForConditionalGeneration if kind == "speech" else AutoModelForCausalLM
-    processor = _explained(AutoProcessor.from_pretrained if kind == "speech" else AutoTokenizer.from_pretrained, source, display)
+    if is_offline:
+        processor = processor_of(config)
+    else:
+        processor = _explained(
+            AutoProcessor.from_pretrained if kind == "speech" else AutoTokenizer.from_pretrained, source, display
+        )
     if weights == "random":
-        model = random_weights(auto_model, config, chosen_device, chosen_dtype, seed)
+        model = random_weights(auto_model, config, chosen_device, chosen_dtype, seed, quantisation)
+        if is_offline:
+            model.generation_config = generation_of(config)
     else:
         options: dict[str, Any] = {"dtype": chosen_dtype, "use_safetensors": True, "attn_implementation": "sdpa"}
-        if quantize is not None:
-            options["quantization_config"] = _quantization(quantize, chosen_dtype)
-            options["device_map"] = {"": chosen_device}
+        if quantisation is not None:
+            options |= {"quantization_config": quantisation, "device_map": {"": chosen_device}}
         model, info = _explained(auto_model.from_pretrained, source, display, output_loading_info=True, **options)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ModelError(
                 f"model {display} lacks {len(missing)} of its weights, {missing[0]} first, which would be random: download it again"
             )
-        if quantize is None:
+        if quantisation is None:
             model = model.to(chosen_device)
-    return LoadedModel(kind, display, model.eval().requires_grad_(False), processor)
-
-
-def random_weights(
-    auto_model: Any, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, seed: int
-) -> PreTrainedModel:
-    """A model of `config`'s shapes with normal weights (0, initializer_range), allocated once, in `dtype`, on `device`."""
-    config._attn_implementation = "sdpa"
-    build = getattr(auto_model, "_from_config", None) or auto_model.from_config
-    with init_empty_weights(include_buffers=False):  # rotary frequencies and causal masks are computed, not learnt
-        model = build(config)
-    model.tie_weights()
-    generator = torch.Generator(device).manual_seed(seed)
-    std = getattr(config, "initializer_range", None) or getattr(config, "init_std", 0.02)
-    made: dict[int, torch.nn.Parameter] = {}  # by the id of the parameter without storage: tied weights stay one
-    for module in model.modules():
-        for name, empty in module.named_parameters(recurse=False):
-            if id(empty) not in made:
-                values = torch.empty(empty.shape, dtype=dtype, device=device)
-                if isinstance(module, torch.nn.LayerNorm) or "norm" in type(module).__name__.lower():
-                    values.fill_(0.0 if name == "bias" else 1.0)
-                elif values.ndim < 2:
-                    values.zero_()
-                else:
-                    values.normal_(0.0, std, generator=generator)
-                made[id(empty)] = torch.nn.Parameter(values, requires_grad=False)
-            setattr(module, name, made[id(empty)])
-    return model.to(device)
-
-
-def _quantization(quantize: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    check_layers(model, display)
+    model.eval().requires_grad_(False)
+    return LoadedModel(kind, display, model, processor, weights, quantize, threshold_of(model))
 
 
 def _explained(load: Any, source: str, display: str, **options: Any) -> Any:
     """Call a transformers loader; turn what it raises into one sentence with the way out."""
     try:
         return load(source, **options)
-    except GatedRepoError as error:
-        raise ModelError(
-            f"model {display} is gated: accept its licence on huggingface.co/{source} and log in with `hf auth login`"
-        ) from error
-    except (OSError, HfHubHTTPError) as error:
+    except OSError as error:  # HfHubHTTPError and GatedRepoError among them
+        if any(isinstance(cause, GatedRepoError) for cause in _causes(error)):
+            way_out = "; its speed can be measured without it, with random weights" if source in SHAPES else ""
+            raise ModelError(
+                f"model {display} is gated: accept its licence on huggingface.co/{source} and log in with `hf auth login`{way_out}"
+            ) from error
         logging.getLogger(__name__).info("loading %s failed", display, exc_info=error)
         raise ModelError(
             f"model {display} could not be loaded: check the name, the network and that the folder holds config.json, "
@@ -190,3 +174,11 @@ def _explained(load: Any, source: str, display: str, **options: Any) -> Any:
         place = str(Path(source).absolute())  # where the folder lies is nobody's business
         reason = first_line(str(error).replace(place, display))
         raise ModelError(f"model {display} could not be loaded ({type(error).__name__}: {reason})") from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what it was raised from: transformers raises an OSError from what the hub's client raised."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__

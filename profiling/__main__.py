@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
+
+from profiling.options import add_weights
 
 COMMANDS = {
     "compare": "profiling.compare_command",
     "load": "profiling.load_command",
     "sweep": "profiling.sweep_command",
     "forms": "profiling.forms",
+    "int8": "profiling.int8",
     "targets": "profiling.dashboard.targets",
     "serving": "profiling.serving",
     "soak": "profiling.soak",
@@ -58,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_load(commands)
     _add_sweep(commands)
     _add_forms(commands)
+    _add_int8(commands)
     _add_targets(commands)
     _add_serving(commands)
     _add_soak(commands)
@@ -69,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_models(command: argparse.ArgumentParser, with_adapters: bool = True) -> None:
     """Which models, and which adapters of them."""
     for kind in ("code", "speech"):
-        command.add_argument(f"--{kind}-model", metavar="MODEL", help=f"folder or hub id; default: the embedded {kind} model")
+        command.add_argument(
+            f"--{kind}-model", metavar="MODEL", help=f"folder, hub id or short name; default: the embedded {kind} one"
+        )
         if with_adapters:
             command.add_argument(
                 f"--{kind}-adapters",
@@ -77,6 +82,7 @@ def _add_models(command: argparse.ArgumentParser, with_adapters: bool = True) ->
                 metavar="TAG=FOLDER",
                 help="a tag may be given twice, once per family; default: the adapters that ship",
             )
+    add_weights(command)
 
 
 def _add_machine(command: argparse.ArgumentParser) -> None:
@@ -254,6 +260,31 @@ def _add_forms(commands: argparse._SubParsersAction) -> None:
     forms.add_argument("--json", metavar="FILE", help="write a JSONL row per setting")
 
 
+def _add_int8(commands: argparse._SubParsersAction) -> None:
+    parts = ["cost", "batch"]
+    int8 = commands.add_parser(
+        "int8",
+        help="the methods in 8 bits: what they cost over the bare layer, by rank, and what depends on the batch",
+        description="Time flora and bmm-lora against the bare layer, all on bitsandbytes' 8-bit weights and in turn, by rank; and "
+        "run the embedded models' requests alone and together. Both with bitsandbytes' threshold of outliers and without.",
+    )
+    int8.add_argument("--part", nargs="+", choices=parts, default=parts, metavar="PART", help=f"default: {' '.join(parts)}")
+    int8.add_argument(
+        "--layers",
+        nargs="+",
+        default=["256x768", "768x256", "2048x8192"],
+        metavar="INxOUT",
+        help="widths; default: 256x768 768x256 2048x8192, the embedded code model's and StarCoderBase-1B's feed-forward layers",
+    )
+    int8.add_argument("--tokens", nargs="+", type=int, default=[1, 8], metavar="N", help="of each row; default: 1 8")
+    int8.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16], metavar="R", help="default: 1 2 4 8 16")
+    int8.add_argument("--rows", type=int, default=8, metavar="N", help="of the batch, each with an adapter of its own; default: 8")
+    int8.add_argument("--rounds", type=int, default=9, metavar="N", help="each setting is measured so often; default: 9")
+    int8.add_argument("--device", default="auto", help="auto, cpu, cuda; default: auto")
+    int8.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads; default: torch's own choice")
+    int8.add_argument("--json", metavar="FILE", help="write a JSONL row per figure")
+
+
 def _add_targets(commands: argparse._SubParsersAction) -> None:
     targets = commands.add_parser(
         "targets",
@@ -335,8 +366,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command; 0 for done, 2 with one line on stderr for bad input, 130 when interrupted."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    # At import it warns on every CPU that an optional kernel is missing; 4-bit weights, which would use it, need a GPU here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Torch and the models' libraries take seconds to import: --help and a mistyped option answer at once.
     from flora.errors import FloraError
 

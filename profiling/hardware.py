@@ -61,7 +61,10 @@ def model_facts(engine: Engine) -> dict:
         "device": engine.device.type,
         "device_name": device_name(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
-        "num_parameters": sum(parameter.numel() for parameter in engine.model.parameters()),
+        "weights": engine.weights,
+        "quantize": engine.quantize,
+        "llm_int8_threshold": engine.llm_int8_threshold,
+        "num_parameters": engine.model.num_parameters(),
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
     }
@@ -94,7 +97,7 @@ def environment(engines: Mapping[str, Engine] | None = None) -> dict:
 
 def summary(facts: Mapping) -> str:
     """One line of `environment(...)` for a head line: device, threads, dtype, versions."""
-    dtypes = " + ".join(dict.fromkeys(model["dtype"] for model in facts["models"].values()))
+    dtypes = " + ".join(dict.fromkeys(_weights_of(model) for model in facts["models"].values()))
     parts = [
         facts["device_name"],
         "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads",
@@ -103,6 +106,12 @@ def summary(facts: Mapping) -> str:
     ]
     parts += [f"transformers {facts['transformers']}", facts["platform"]]
     return " · ".join(part for part in parts if part)
+
+
+def _weights_of(model: Mapping) -> str:
+    """Such as float32, or: random int8, float32."""
+    words = " ".join(word for word in ("random" if model["weights"] == "random" else None, model["quantize"]) if word)
+    return ", ".join(part for part in (words, model["dtype"]) if part)
 
 
 def reset_peak_memory(devices: Iterable[torch.device]) -> None:

@@ -21,7 +21,8 @@ from profiling import hardware, load_report, report, workload
 from profiling.load_metrics import parse_limits
 from profiling.load_result import LoadResult
 from profiling.load_runs import LoadProgress, LoadSettings, MethodRun, run_load, servable_by, sources_of
-from profiling.loading import add_random_adapters, load_engine, set_threads
+from profiling.loading import RANDOM_RANK, add_random_adapters, load_engine, set_threads
+from profiling.options import weight_words
 from profiling.traffic import Lengths, Traffic, parse_mix
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 PAPER_RATE = 8.0  # requests a second, of its Figures 2 and 3
 NUM_REQUESTS = 200
 NUM_RANDOM_ADAPTERS = 8
-RANDOM_RANK = 4
 MAX_WAITING = 256
 HOST_ADAPTERS_MB = 2048
 
@@ -229,6 +229,8 @@ def options_of(engines: Mapping[str, Engine], num_adapters: int | None = None) -
     options.host_adapters_mb = max(engine.bank.host_bytes for engine in engines.values()) >> 20
     options.device = next(iter(engines.values())).device.type
     options.dtype = str(next(iter(engines.values())).dtype).removeprefix("torch.")
+    for name in ("weights", "quantize", "llm_int8_threshold"):
+        setattr(options, name, getattr(next(iter(engines.values())), name))
     return options
 
 
@@ -264,6 +266,7 @@ def command_line(settings: LoadSettings, options: argparse.Namespace) -> str:
     words += [] if settings.stop_when_saturated else ["--no-saturation-stop"]
     words += ["--device", options.device] if options.device != "auto" else []
     words += ["--dtype", options.dtype] if options.dtype != "auto" else []
+    words += weight_words(options)
     return shlex.join([*words, "--threads", str(torch.get_num_threads())])
 
 

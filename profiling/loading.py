@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,9 @@ from flora.ops import FAMILY
 from flora.random_adapters import FAMILIES, RandomAdapters
 from profiling import workload
 
+RANDOM_RANK = 4
+"""Of random adapters that nobody asked another rank of."""
+
 
 def set_threads(threads: int | None) -> None:
     """Torch's CPU threads, from `--threads`; RequestError for fewer than one."""
@@ -33,37 +36,57 @@ def set_threads(threads: int | None) -> None:
 def load_engine(kind: str, options: argparse.Namespace, with_adapters: bool = True, **engine_options) -> Engine:
     """The engine of a kind with its adapters; engine_options: more arguments of `Engine.from_pretrained`.
 
-    A model of one's own comes without the adapters that ship. Raises ModelError where the model is of another kind.
+    A model of one's own comes without the adapters that ship; one with random weights, for which none are given, with random ones
+    under the languages' names. Raises ModelError where the model is of another kind.
     """
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
     model, embedded = getattr(options, f"{kind}_model"), workload.ASSETS / "models" / kind
+    if model is None or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # the models that ship load in a blink
     adapters = {}
     if with_adapters and (given := getattr(options, f"{kind}_adapters")):
         adapters = workload.given_adapters(given)
     elif with_adapters and (model is None or Path(model).resolve() == embedded):
         adapters = workload.discover_adapters(workload.ASSETS / "adapters" / kind)
-    engine = Engine.from_pretrained(model or embedded, adapters, device=options.device, dtype=options.dtype, **engine_options)
+    engine = Engine.from_pretrained(
+        model or embedded,
+        adapters,
+        device=options.device,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        weights=options.weights,
+        llm_int8_threshold=options.llm_int8_threshold,
+        **engine_options,
+    )
     if engine.kind != kind:
         raise ModelError(f"--{kind}-model names the {engine.kind} model {engine.name!r}: give a {kind} model")
+    if with_adapters and not adapters and options.weights == "random":
+        languages = workload.languages(kind)
+        add_random_adapters(engine, len(languages), RANDOM_RANK, FAMILY, tags=languages)
     return engine
 
 
 def add_random_adapters(
-    engine: Engine, count: int, rank: int, methods: Iterable[str], seed: int = 0, folder: Path | None = None
+    engine: Engine,
+    count: int,
+    rank: int,
+    methods: Iterable[str],
+    seed: int = 0,
+    folder: Path | None = None,
+    tags: Sequence[str] | None = None,
 ) -> tuple[str, ...]:
-    """Register `count` random adapters of a rank, each with all that the methods serve; their tags, random-r4-0000 and so on.
+    """Register `count` random adapters of a rank, each with all that the methods serve; their tags.
 
-    folder: write them there as PEFT checkpoints, from which the engine reads them again where host memory does not hold them all;
-    without, they are made again then. Raises AdapterError where the folder cannot be written to.
+    tags: what to call them; None: random-r4-0000 and so on. folder: write them there as PEFT checkpoints, from which the engine
+    reads them again where host memory does not hold them all; without, they are made again then. Raises AdapterError where the
+    folder cannot be written to.
     """
     families = {FAMILY[method] for method in methods} - {None} or {"flora"}
-    tags = tuple(f"random-r{rank}-{number:04}" for number in range(count))
+    names = tuple(f"random-r{rank}-{number:04}" for number in range(count)) if tags is None else tuple(tags)
 
     def register() -> None:
         rows = [RandomAdapters(engine.bank.layers, family, rank, seed) for family in FAMILIES if family in families]
         written = [] if folder is None else [list(row.write(folder, count).values()) for row in rows]
-        for number, tag in enumerate(tags):
+        for number, tag in enumerate(names):
             if folder is None:
                 make = partial(_made, rows, number)
                 engine.bank.add(tag, make(), reload=make)
@@ -71,7 +94,7 @@ def add_random_adapters(
                 engine.add_adapter(tag, [paths[number] for paths in written])
 
     apart(register)
-    return tags
+    return names
 
 
 def _made(rows: list[RandomAdapters], number: int) -> list[Adapter]:

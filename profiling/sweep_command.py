@@ -15,6 +15,7 @@ from profiling import hardware, report, sweep_report
 from profiling.load_command import MAX_WAITING, check_files, check_numbers, interruptible, model_words, show_progress
 from profiling.load_runs import LoadSettings, sources_of
 from profiling.loading import load_engine, set_threads
+from profiling.options import weight_words
 from profiling.sweep import Sweep, SweepSettings
 from profiling.traffic import Lengths, Traffic
 
@@ -102,4 +103,5 @@ def command_line(settings: SweepSettings, options: argparse.Namespace) -> str:
     words += [] if load.stop_when_saturated else ["--no-saturation-stop"]
     words += ["--device", options.device] if options.device != "auto" else []
     words += ["--dtype", options.dtype] if options.dtype != "auto" else []
+    words += weight_words(options)
     return shlex.join([*words, "--threads", str(torch.get_num_threads())])

@@ -17,6 +17,7 @@ from flora.corpus.code import example_prompts
 from flora.engine import Engine, Request
 from flora.errors import RequestError
 from flora.names import public_name
+from profiling.options import weight_words
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 MAX_NEW_TOKENS = 48
@@ -83,6 +84,11 @@ def example_clips() -> list[dict[str, str]]:
 @cache
 def _first_prompts() -> dict[str, str]:
     return {tag: prompts[0] for tag, prompts in example_prompts().items()}
+
+
+def languages(kind: str) -> list[str]:
+    """The tags of a kind that there are examples for, in the order in which the ready batch asks for them."""
+    return list(_first_prompts()) if kind == "code" else list(dict.fromkeys(clip["tag"] for clip in example_clips()))
 
 
 def ready_rows(adapters: Mapping[str, Collection[str]], rows_per_kind: int = 4, max_new_tokens: int = MAX_NEW_TOKENS) -> list[dict]:
@@ -205,6 +211,7 @@ def command_line(
         ("--max-new-tokens", {row["max_new_tokens"] for row in rows}),
     ):
         words += [option, str(values.pop())] if len(values) == 1 else []
+    words += weight_words(engines[kinds[0]]) if kinds else []
     words += [
         "--warmup",
         str(warmup_steps),

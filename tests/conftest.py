@@ -58,12 +58,13 @@ class Checkpoints:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Checkpoints]:
-    """By architecture: "code" (GPTBigCode), "llama" and "speech" (Whisper)."""
+    """By architecture: "code" (GPTBigCode), "llama", "qwen2" and "speech" (Whisper)."""
     root = tmp_path_factory.mktemp("checkpoints")
     made = {}
     for name, save, layers in (
         ("code", tiny_models.save_code_model, tiny_models.CODE_LAYERS),
         ("llama", tiny_models.save_llama_model, tiny_models.LLAMA_LAYERS),
+        ("qwen2", tiny_models.save_qwen2_model, tiny_models.QWEN2_LAYERS),
         ("speech", tiny_models.save_speech_model, tiny_models.SPEECH_LAYERS),
     ):
         folder = save(root / name)

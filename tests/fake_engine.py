@@ -41,7 +41,9 @@ class FakeEngine:
     def __post_init__(self):
         self.device, self.dtype, self.name = torch.device("cpu"), torch.float32, self.kind
         self.adapters = {tag: SimpleNamespace(ranks={"flora": 1, "lora": 4}, sources=()) for tag in ("lua", "cs")}
+        self.weights, self.quantize, self.llm_int8_threshold = "pretrained", None, None
         self.model = torch.nn.Linear(2, 2)
+        self.model.num_parameters = lambda: 6
         self.model.config = SimpleNamespace(hidden_size=2, num_hidden_layers=1)
 
     def validate(self, request, method):

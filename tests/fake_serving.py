@@ -59,6 +59,7 @@ class ServingEngine:
         self._counters = defaultdict(AdapterCounters)
         self.bank = SimpleNamespace(counters=lambda: {tag: AdapterCounters(c.hits, c.misses) for tag, c in self._counters.items()})
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.weights, self.quantize, self.llm_int8_threshold = "pretrained", None, None
         self.model = torch.nn.Linear(2, 2)
         self.model.config = SimpleNamespace(hidden_size=2, num_hidden_layers=1)
         self._thread = threading.Thread(target=self._serve, daemon=True)

@@ -19,6 +19,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -30,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from flora.formats import write_flora
 
 CODE_LAYERS = ("c_attn", "c_proj", "c_fc")
-LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LLAMA_LAYERS = QWEN2_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SPEECH_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 LANGUAGES = ("en", "cs", "lt", "hi")
 
@@ -77,6 +79,17 @@ def save_llama_model(folder: Path, seed: int = 0) -> Path:
         num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=0, initializer_range=0.2,
     )  # fmt: skip
     return _save(LlamaForCausalLM(config), byte_tokenizer(), folder)
+
+
+def save_qwen2_model(folder: Path, seed: int = 0) -> Path:
+    """A Qwen2 of two layers: as Llama, with biases on q, k and v alone, and the output head tied to the embedding."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=257, max_position_embeddings=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=0, initializer_range=0.2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return _save(Qwen2ForCausalLM(config), byte_tokenizer(), folder)
 
 
 def save_speech_model(folder: Path, seed: int = 0, languages: tuple[str, ...] = (), **generation_options) -> Path:

@@ -36,6 +36,9 @@ from flora.models import LoadedModel, load_model
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 """By how much a chosen token's logit may lie below the reference's best and still agree: the rounding of a whole model's depth."""
 
+INT8_LOGIT_TOLERANCE = 0.5
+"""The same in 8 bits, where what is rounded depends on the rows of a forward: docs/int8.md has the differences as measured."""
+
 EMPTY_BATCH = "the batch is empty: add at least one request"
 
 
@@ -104,6 +107,7 @@ class Engine:
                 f"max_batch_tokens must be more than the {max_batch_size} tokens that a step may decode, not {max_batch_tokens}"
             )
         self.kind, self.name = loaded.kind, loaded.name
+        self.weights, self.quantize, self.llm_int8_threshold = loaded.weights, loaded.quantize, loaded.llm_int8_threshold
         self.model, self.processor, self.tokenizer = loaded.model, loaded.processor, loaded.tokenizer
         self.device, self.dtype = loaded.model.device, loaded.model.dtype
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
@@ -136,15 +140,16 @@ class Engine:
         quantize: str | None = None,
         weights: str = "pretrained",
         max_batch_size: int = 32,
+        llm_int8_threshold: float | None = None,
         **serving: int | bool | None,
     ) -> Engine:
         """Load a base model (folder, hub id or short name) and its adapters: tag → one checkpoint, or one of each family.
 
-        serving: adapter_slots, host_adapter_bytes, max_waiting, max_batch_tokens, static_shapes and cuda_graphs, as the class
-        explains them.
-        Raises ModelError, AdapterError or CheckpointError, each naming what is wrong.
+        quantize: "int8" or "nf4". weights: "random" for true shapes without any download. llm_int8_threshold: of 8-bit weights, see
+        docs/int8.md; None: 6.0. serving: adapter_slots, host_adapter_bytes, max_waiting, max_batch_tokens, static_shapes and
+        cuda_graphs, as the class explains them. Raises ModelError, AdapterError or CheckpointError, each naming what is wrong.
         """
-        load = partial(load_model, name, device, dtype, quantize, weights)
+        load = partial(load_model, name, device, dtype, quantize, weights, llm_int8_threshold=llm_int8_threshold)
         engine = cls(compute_on(torch.device("cpu"))(load), max_batch_size, **serving)
         for tag, sources in (adapters or {}).items():
             engine.add_adapter(tag, sources)
@@ -423,6 +428,8 @@ class Engine:
             if request.temperature > 0:
                 gap = own_difference  # sampled: the token need not be the best, but its logit must be the reference's
         tolerance = LOGIT_TOLERANCE.get(self.dtype, LOGIT_TOLERANCE[torch.bfloat16])
+        if self.quantize == "int8":
+            tolerance = max(tolerance, INT8_LOGIT_TOLERANCE)
         return Agreement(len(ids), int((gap <= tolerance).sum()), difference)
 
 

@@ -76,6 +76,12 @@ def add_how(how: argparse._ArgumentGroup, answers: str) -> None:
     how.add_argument("--device", default="auto", help="auto, cpu, cuda; default: auto")
     how.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16; default: auto")
     how.add_argument("--quantize", choices=("int8", "nf4"), help="load the base model quantised")
+    how.add_argument(
+        "--llm-int8-threshold",
+        type=float,
+        metavar="SIZE",
+        help="with --quantize int8: inputs of this size or more are computed unquantised; 0: none; default: 6",
+    )
     how.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help=f"{answers} at once; default: 32")
     how.add_argument("--threads", type=whole(1), metavar="N", help="torch's CPU threads; default: torch's own choice")
 
@@ -164,6 +170,7 @@ def load_engine(options: argparse.Namespace, checkpoints: Sequence[Checkpoint], 
         device=options.device,
         dtype=options.dtype,
         quantize=options.quantize,
+        llm_int8_threshold=options.llm_int8_threshold,
         max_batch_size=options.batch_size,
     )
     if engine.kind != options.task:

@@ -47,7 +47,8 @@ def load_base(recipe: Recipe, device: str = "auto") -> LoadedModel:
     chosen = choose_device(device)
     on_cpu = chosen.type == "cpu"
     dtype = "bfloat16" if recipe.bfloat16 and not on_cpu else "float32"
-    loaded = load_model(recipe.model or MODELS[recipe.kind], chosen, dtype, recipe.quantize)
+    name, threshold = recipe.model or MODELS[recipe.kind], recipe.llm_int8_threshold
+    loaded = load_model(name, chosen, dtype, recipe.quantize, llm_int8_threshold=threshold)
     if recipe.quantize is not None:
         for module in loaded.model.modules():
             if is_adaptable(module):

@@ -43,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     base = parser.add_argument_group("base model")
     base.add_argument("--model", metavar="MODEL", help="folder, hub id or short name; default: the embedded one")
     base.add_argument("--quantize", metavar="int8|nf4", help="load the base model in 8 or 4 bits, with bitsandbytes")
+    base.add_argument("--llm-int8-threshold", type=float, metavar="SIZE", help="of --quantize int8, see docs/int8.md; default: 6")
     base.add_argument("--device", default="auto", help="auto, cpu or cuda; default: auto")
 
     adapter = parser.add_argument_group("adapter")

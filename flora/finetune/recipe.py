@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from flora.errors import TrainingError
-from flora.models import QUANTIZATIONS
+from flora.quantised import QUANTIZATIONS
 from flora.tuner.config import DEFAULT_STD
 
 KINDS = ("code", "speech")
@@ -64,6 +64,7 @@ class Recipe:
     language: str | None = None
     model: str | None = None
     quantize: str | None = None
+    llm_int8_threshold: float | None = None
     method: str = "flora"
     rank: int | None = None
     init: str | None = None

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, WhisperProcessor
 from flora import Engine, Request, ops
 from flora.errors import AdapterError, RequestError, UnknownAdapterError
 
-ARCHITECTURES = ("code", "llama", "speech")
+ARCHITECTURES = ("code", "llama", "qwen2", "speech")
 FLORA_METHODS = ("flora", "flora-expand", "flora-modulate")
 LORA_METHODS = ("bmm-lora", "loop-lora", "sgmv-lora")
 

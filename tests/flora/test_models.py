@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 from tiny_bank import pinned_batch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
 
-from flora import AdapterError, Engine, ModelError, Request
+from flora import AdapterError, Engine, ModelError, Request, models
 from flora.engine.runner import PromptPiece
 from flora.models import KNOWN_MODELS, choose_dtype, load_model
 
 WEIGHTS = "model.safetensors"
+CLEAR_PEAK = Path("/proc/self/clear_refs")  # Linux: a 5 in it starts the count of the peak anew
 
 
 def assert_refused(message: str, name: str | Path, **options) -> None:
@@ -51,6 +56,20 @@ def test_the_hub_without_a_network(name):
 def test_short_names_are_hub_ids():
     assert len(KNOWN_MODELS) >= 5
     assert all(len(hub_id.split("/")) == 2 for hub_id in KNOWN_MODELS.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("llama-2-7b", "its speed can be measured without it"), ("someone/some-model", "log in with `hf auth login`$")],
+)
+def test_a_gated_model_says_where_to_ask(name, shown, monkeypatch):
+    """As transformers passes on what the hub answers: an OSError that has the refusal for its cause."""
+
+    def refuse(*args, **options):
+        raise GatedRepoError("403 Client Error: access is restricted", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
+    assert_refused(f"^model {name} is gated: accept its licence on huggingface.co/{KNOWN_MODELS.get(name, name)} .*{shown}", name)
 
 
 def test_a_folder_loads_by_any_spelling(checkpoints, monkeypatch):
@@ -159,7 +178,13 @@ def test_code_in_a_model_folder_is_not_run(checkpoints, tmp_path):
         ({"device": "cuda:99"}, "cuda.* was asked for, but this machine has"),
         ({"quantize": "int3"}, "quantize 'int3' is unknown: use int8, nf4 or None"),
         ({"weights": "imagined"}, "weights 'imagined' is unknown: use pretrained or random"),
-        ({"weights": "random", "quantize": "nf4"}, "random weights cannot be quantised"),
+        ({"quantize": "int8", "llm_int8_threshold": -1.0}, "llm_int8_threshold -1.0 is no threshold: use a number above 0"),
+        ({"quantize": "int8", "llm_int8_threshold": float("nan")}, "llm_int8_threshold nan is no threshold"),
+        ({"quantize": "int8", "llm_int8_threshold": float("inf")}, "llm_int8_threshold inf is no threshold"),
+        ({"quantize": "int8", "llm_int8_threshold": "6"}, "llm_int8_threshold '6' is no threshold"),
+        ({"quantize": "int8", "llm_int8_threshold": True}, "llm_int8_threshold True is no threshold"),
+        ({"quantize": "nf4", "llm_int8_threshold": 6.0}, "llm_int8_threshold is a setting of 8-bit weights"),
+        ({"llm_int8_threshold": 0.0}, "llm_int8_threshold is a setting of 8-bit weights"),
     ],
     ids=str,
 )
@@ -221,6 +246,31 @@ def test_random_weights_have_the_true_shapes_and_never_were_float32(name, checkp
     head, embedding = loaded.model.get_output_embeddings(), loaded.model.get_input_embeddings()
     tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
     assert (head.weight is embedding.weight) == tied
+
+
+@pytest.mark.skipif(not CLEAR_PEAK.exists(), reason="this system does not tell a process's peak of memory")
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+def test_random_weights_are_allocated_once(quantize, monkeypatch):
+    """The peak of memory is the finished model and one layer in halves, never a second copy of the model."""
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, bos_token_id=1, eos_token_id=2
+    )  # 68 million parameters, 136 MB in bfloat16
+    monkeypatch.setattr(models, "SHAPES", {KNOWN_MODELS["llama-2-7b"]: lambda: config})
+    gc.collect()
+    before = resident("VmRSS")
+    CLEAR_PEAK.write_text("5")
+    model = load_model("llama-2-7b", "cpu", "bfloat16", quantize, "random").model
+    peak, tensors = resident("VmHWM") - before, [*model.parameters(), *model.buffers()]
+    finished = sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in tensors}.values())
+    half_precision = 2 * model.num_parameters()
+    assert finished < {None: 1.01, "int8": 0.6, "nf4": 0.4}[quantize] * half_precision
+    allowed = {None: 1.3, "int8": 1.0, "nf4": 1.0}[quantize] * half_precision
+    assert peak < allowed, f"a peak of {peak / 1e6:.0f} MB for a model of {finished / 1e6:.0f} MB"
+
+
+def resident(field: str) -> int:
+    """Bytes of this process's memory, now (VmRSS) or at most (VmHWM)."""
+    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

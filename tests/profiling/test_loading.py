@@ -1,4 +1,4 @@
-"""Random adapters on an engine, and the threads that they may not leave behind."""
+"""Engines as a command line asks for them; random adapters, and the threads that they may not leave behind."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from flora import models, shapes
+from profiling.__main__ import _parser
+from profiling.loading import load_engine
+from profiling.options import weight_words
+from profiling.workload import command_line, languages, ready_rows, request_from_row
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,3 +55,21 @@ def test_only_the_compute_thread_has_a_team():
     process = subprocess.run([sys.executable, "-c", COUNT_TEAMS], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines() == ["registered 0", "read and served 0", "read again True", "added 0"], process.stdout
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_random_weights_come_with_random_adapters_under_the_languages_names(quantize, monkeypatch):
+    """As `--code-model starcoderbase-1b --weights random`, narrower: the ready batch finds its languages, nothing is downloaded."""
+    monkeypatch.setattr(models, "SHAPES", {"bigcode/starcoderbase-1b": lambda: shapes._starcoder(128, 2)})
+    words = ["compare", "--code-model", "starcoderbase-1b", "--weights", "random", "--device", "cpu"]
+    options = _parser().parse_args(words + (["--quantize", quantize, "--llm-int8-threshold", "0"] if quantize else []))
+    engine = load_engine("code", options)
+    assert (engine.weights, engine.quantize) == ("random", quantize)
+    assert set(engine.adapters) == set(languages("code"))
+    rows = ready_rows({"code": engine.adapters}, max_new_tokens=2)
+    assert all(row["adapter"] for row in rows)
+    command = command_line({"code": engine}, [request_from_row(row) for row in rows], ["flora"], 1, 1, 0, {}, {})
+    assert "--weights random" in command and ("--quantize int8 --llm-int8-threshold 0" in command) == (quantize == "int8")
+    assert len(engine.generate([request_from_row(row) for row in rows], "bmm-lora")) == 4
+    assert weight_words(options) == weight_words(engine)
+    engine.close()
