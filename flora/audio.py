@@ -9,8 +9,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import soundfile
-import soxr
 
 from flora.engine.runner import SILENCE
 from flora.errors import AudioError
@@ -34,6 +32,9 @@ def load_audio(
 
     Raises AudioError, naming the clip: not audio, corrupt, empty, silent, samples that are no numbers, too long.
     """
+    import soundfile  # only here: a machine that measures speed may have neither
+    import soxr
+
     name = name or ("without a name" if isinstance(source, bytes) else Path(source).name)
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise AudioError(f"there is no clip {name!r}: give the name of a sound file that exists")

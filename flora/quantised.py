@@ -5,18 +5,21 @@ What 8 bits do to a batch's answers, and `llm_int8_threshold` with it, is in doc
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from bitsandbytes import functional
-from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from flora.errors import ModelError
+
+if TYPE_CHECKING:  # a bare GPU machine, which measures what is not quantised, need not have it
+    from bitsandbytes.nn import Int8Params, Params4bit
 
 QUANTIZATIONS = (None, "int8", "nf4")
 LLM_INT8_THRESHOLD = 6.0
@@ -34,6 +37,8 @@ def check_quantisation(quantize: str | None, llm_int8_threshold: float | None) -
     """ModelError for an unknown `quantize`, or a threshold that is no number of at least 0 or is not for int8."""
     if quantize not in QUANTIZATIONS:
         raise ModelError(f"quantize {quantize!r} is unknown: use int8, nf4 or None")
+    if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"quantize {quantize!r} needs bitsandbytes, which is not installed: pip install bitsandbytes")
     if llm_int8_threshold is None:
         return
     if quantize != "int8":
@@ -68,7 +73,7 @@ def prepare_layers(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
 
 def is_quantised_weight(parameter: nn.Parameter) -> bool:
     """Whether a parameter is, or will be, quantised."""
-    return isinstance(parameter, Int8Params | Params4bit)
+    return type(parameter).__name__ in ("Int8Params", "Params4bit")
 
 
 def quantised_parameter(
@@ -78,6 +83,9 @@ def quantised_parameter(
 
     draw: n → the next n rows (n, d_in) on `device`. prepared: the parameter of `layer`, without storage, that the result replaces.
     """
+    from bitsandbytes import functional
+    from bitsandbytes.nn import Int8Params, Params4bit
+
     d_out, d_in = layer.out_features, layer.in_features
     rows = _ROWS_MULTIPLE * max(1, _QUANTISED_AT_ONCE // (_ROWS_MULTIPLE * d_in))
     pieces = [min(rows, d_out - first) for first in range(0, d_out, rows)]
@@ -104,7 +112,7 @@ def quantised_parameter(
 def check_layers(model: nn.Module, display: str) -> None:
     """ModelError for a model with a 4-bit layer that bitsandbytes cannot compute on this CPU. display: the model's name."""
     for name, layer in model.named_modules():
-        if not isinstance(layer, Linear4bit) or layer.weight.device.type != "cpu":
+        if type(layer).__name__ != "Linear4bit" or layer.weight.device.type != "cpu":
             continue
         packs = getattr(layer, "support_avx512bf16_for_cpu", False)
         if packs and (layer.out_features % _CPU_OUT_MULTIPLE or layer.in_features % _CPU_IN_MULTIPLE):
@@ -116,4 +124,4 @@ def check_layers(model: nn.Module, display: str) -> None:
 
 def threshold_of(model: nn.Module) -> float | None:
     """The threshold of a model's 8-bit layers, None where it has none."""
-    return next((layer.state.threshold for layer in model.modules() if isinstance(layer, Linear8bitLt)), None)
+    return next((layer.state.threshold for layer in model.modules() if type(layer).__name__ == "Linear8bitLt"), None)

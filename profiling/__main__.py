@@ -19,6 +19,8 @@ COMMANDS = {
     "targets": "profiling.dashboard.targets",
     "serving": "profiling.serving",
     "soak": "profiling.soak",
+    "hardware": "profiling.peaks",
+    "gpu": "profiling.gpu.command",
 }
 """Sub-command → the module whose `run(options)` does it, imported once it is asked for."""
 
@@ -62,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_targets(commands)
     _add_serving(commands)
     _add_soak(commands)
+    _add_hardware(commands)
+    _add_gpu(commands)
     return parser
 
 
@@ -326,6 +330,36 @@ def _add_soak(commands: argparse._SubParsersAction) -> None:
     _add_machine(soak)
     soak.add_argument("--seed", type=int, default=0, metavar="N")
     soak.add_argument("--json", metavar="FILE", help="write a JSONL row per minute")
+
+
+def _add_hardware(commands: argparse._SubParsersAction) -> None:
+    limits = commands.add_parser(
+        "hardware",
+        help="what this machine allows: copy bandwidth, matrix rate by dtype, launch overhead, memory",
+        description="Measure what this machine allows, in a few seconds, or print what was measured before: it is kept in the "
+        "user's cache folder, for this device, these versions and as many threads.",
+    )
+    limits.add_argument("--fresh", action="store_true", help="measure anew")
+    limits.add_argument("--device", default="auto", help="auto, cpu, cuda; default: auto")
+    limits.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads; default: torch's own choice")
+    limits.add_argument("--json", metavar="FILE", help="write a JSONL row")
+
+
+def _add_gpu(commands: argparse._SubParsersAction) -> None:
+    gpu = commands.add_parser(
+        "gpu",
+        help="everything on a GPU, in minutes and without a network: kernels, single layers, whole models",
+        description="Check every kernel against float64, measure single layers and whole models of the paper's shapes with random "
+        "weights, and hold what was found against what is promised. Needs a GPU; --dry-run takes every path on a CPU. Exit 1 where "
+        "a kernel is wrong or a promise is not kept.",
+    )
+    parts = ["kernels", "layers", "models"]
+    gpu.add_argument("--part", nargs="+", choices=parts, default=parts, metavar="PART", help=f"default: {' '.join(parts)}")
+    gpu.add_argument("--minutes", type=float, default=8.0, metavar="N", help="for everything; the rest is left out; default: 8")
+    gpu.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, kernels interpreted: nothing is measured")
+    gpu.add_argument("--fresh", action="store_true", help="measure what the hardware allows anew")
+    gpu.add_argument("--seed", type=int, default=0, metavar="N")
+    gpu.add_argument("--json", metavar="FILE", help="write JSONL rows as they come: what was measured before an end is kept")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

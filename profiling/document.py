@@ -6,8 +6,6 @@ import html
 import json
 from collections.abc import Sequence
 
-from plotly.offline import get_plotlyjs
-
 from profiling.figures import Chart
 
 _STYLE = """
@@ -68,6 +66,8 @@ class HtmlDocument:
 
     def render(self) -> str:
         """The whole file."""
+        from plotly.offline import get_plotlyjs  # only here: a machine that measures may have none
+
         return "\n".join(
             [
                 '<!doctype html><html lang="en"><head><meta charset="utf-8">',

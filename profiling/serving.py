@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,8 @@ from profiling.document import text_table
 from profiling.load_metrics import figures_of
 from profiling.load_runs import LoadSettings, MethodRun, run_load, sources_of
 from profiling.loading import add_random_adapters, set_threads
-from profiling.timing import Ratio, median, paired_ratio
+from profiling.promise import Figure
+from profiling.timing import median, paired_ratio
 from profiling.traffic import Lengths, Traffic
 
 METHODS = ("flora", "bmm-lora")
@@ -45,43 +46,6 @@ MANY_ADAPTERS = 2000
 ROUNDS_OF_LOAD = 12  # requests under load, in batches
 MODEL, ADAPTERS = workload.ASSETS / "models" / "code", workload.ASSETS / "adapters" / "code"
 GOODPUT_LIMITS = {"ttft": 0.5, "tpot": 0.05}  # seconds
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured figure and what it should be. target: at least that, or, with at_most, at most that; None: told, not judged."""
-
-    part: str
-    what: str
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-    target: float | None
-    at_most: bool = False
-    unit: str = "×"
-
-    @property
-    def holds(self) -> bool | None:
-        if self.target is None:
-            return None
-        return self.value <= self.target if self.at_most else self.value >= self.target
-
-    @classmethod
-    def of_ratio(cls, part: str, what: str, ratio: Ratio, target: float | None) -> Figure:
-        return cls(part, what, ratio.median, ratio.low, ratio.high, ratio.n, target)
-
-    def as_row(self) -> dict:
-        return asdict(self) | {"holds": self.holds}
-
-    def cells(self) -> list[str]:
-        def number(value: float) -> str:
-            return f"{100 * value:.0f} %" if self.unit == "%" else f"{value:.3g}{self.unit}"
-
-        interval = "" if self.low is None else f" [{number(self.low)}, {number(self.high)}]"
-        wanted = "" if self.target is None else f"{'at most' if self.at_most else 'at least'} {number(self.target)}"
-        holds = {None: "", True: "yes", False: "NO"}[self.holds]
-        return [self.part, self.what, number(self.value) + interval, wanted, holds]
 
 
 Progress = Callable[[str], None]

@@ -130,7 +130,8 @@ class SweepProgress:
 class Sweep:
     """One sweep of one engine, which has to have room for a rank's adapters and a queue for all of a run's requests.
 
-    command: what makes it again. should_stop: as `run_load` takes it; what was measured by then is the result.
+    command: what makes it again. should_stop: as `run_load` takes it; what was measured by then is the result. add_adapters: what
+    registers a rank's, by default `add_random_adapters`.
     """
 
     def __init__(
@@ -140,7 +141,9 @@ class Sweep:
         settings: SweepSettings,
         command: str,
         should_stop: Callable[[], bool] = lambda: False,
+        add_adapters: Callable[..., Sequence[str]] | None = None,
     ) -> None:
+        self.add_adapters = add_adapters or add_random_adapters
         self.engine, self.source, self.settings, self.command, self.should_stop = engine, source, settings, command, should_stop
         self.capacity: float | None = None
         self.rates = settings.rates
@@ -158,7 +161,7 @@ class Sweep:
     def run(self) -> Iterator[SweepProgress]:
         """Measure everything and yield how far it is."""
         for rank in self.settings.ranks:
-            tags = add_random_adapters(
+            tags = self.add_adapters(
                 self.engine, self.settings.num_adapters, rank, self.settings.load.methods, self.settings.load.traffic.seed
             )
             try:
@@ -170,6 +173,11 @@ class Sweep:
             finally:
                 for tag in tags:
                     self.engine.remove_adapter(tag)
+
+    @property
+    def rows(self) -> tuple[dict, ...]:
+        """Those of `result`, as they come."""
+        return tuple(self._rows)
 
     def result(self) -> SweepResult:
         """What has been measured so far."""
@@ -230,6 +238,12 @@ def crossover(first: Sequence[SweepPoint], second: Sequence[SweepPoint]) -> floa
         if point.value and other is not None and other.value:
             advantage = math.log(point.value / other.value)
             ratios.append((math.log(point.rank), advantage if math.isinf(point.rate) else -advantage))
+    return crossing(ratios)
+
+
+def crossing(advantages: Sequence[tuple[float, float]]) -> float | None:
+    """The rank from which on an advantage is lost: (log rank, log of how much better) by rank; as `crossover`."""
+    ratios = list(advantages)
     if not ratios:
         return None
     if ratios[-1][1] >= 0:

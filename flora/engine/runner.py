@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-import soxr
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
@@ -235,6 +234,8 @@ class SpeechRunner:
         if seconds > self.window_s + 0.01:
             raise AudioError(f"the clip is {seconds:.1f} s long and the model hears {self.window_s:g} s: trim it")
         if given_rate != rate:
+            import soxr  # only here: a machine that measures speed may have none
+
             samples = soxr.resample(samples, given_rate, rate)
         extract = partial(self.extractor, samples, sampling_rate=rate, return_tensors="pt")
         features = apart(extract).input_features[0]  # the caller's own thread would keep a team of OpenMP threads

@@ -1,0 +1,115 @@
+"""One layer and a batch for it: random numbers, every method as a call, and the truth in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from flora import ops
+
+KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
+"""What a layer holds → what it computes in."""
+
+GATHERED = "bmm-lora, factors gathered before"
+"""The paper's baseline without its gather of every row's factors, which is timed apart this way."""
+
+
+class Problem:
+    """A layer d_in → d_out and a batch of rows of `length` tokens, row i with the adapter in slots[i].
+
+    kind: of KINDS; int8 as bitsandbytes stores it, whole numbers and a scale for each output. ranks: true rank by slot, 0 for the
+    identity. kernels: `flora.kernels`.
+    """
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        device: torch.device,
+        kind: str,
+        slots: Sequence[int],
+        length: int,
+        d_in: int,
+        d_out: int,
+        ranks: Sequence[int],
+        seed: int,
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        self.kernels, self.dtype = kernels, KINDS[kind]
+        stride = max(1, *ranks)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device).to(self.dtype)
+
+        self.x = normal(len(slots), length, d_in)
+        self.weight, self.scales = (normal(d_out, d_in).float() / math.sqrt(d_in)).to(self.dtype), None
+        if kind == "int8":
+            self.scales = self.weight.float().abs().amax(1)
+            self.weight = (self.weight.float() * (127 / self.scales[:, None])).round().to(torch.int8)
+        self.A, self.B = normal(len(ranks), stride, d_in), normal(len(ranks), stride, d_out)
+        self.routing = ops.route(slots, ranks, stride, device)
+        self._identities: dict[int, ops.Routing] = {}
+
+    def form_of(self, method: str) -> str | None:
+        """The kernel that serves a method, None where none does."""
+        return self.kernels.form_of(method, self.x.shape[1], self.routing)
+
+    def computed_as(self, method: str) -> str:
+        """The method whose multiply-adds it has: of `flora`, the form that it takes here."""
+        kernel = {"decode": "flora-expand", "modulate": "flora-modulate", "sgmv": "sgmv-lora"}.get(self.form_of(method) or "")
+        if kernel is None and method == "flora" and self.scales is None:
+            return self.routing.cheaper_form(self.x.shape[1], self.weight.element_size(), self.x.device.type)
+        return kernel or {GATHERED: "bmm-lora", "flora": "flora-expand"}.get(method, method)
+
+    def call_of(self, method: str) -> Callable[[], Tensor] | None:
+        """The method as the engine serves it on a GPU: by its kernel, else by PyTorch. None where there is no way.
+
+        The products around an int8 weight are those of our own kernel, without an adapter.
+        """
+        if method == "base":
+            return partial(self.product, self.x)
+        form = self.form_of(method)
+        if form is not None:
+            return partial(self.kernels.serve, form, self.x, *(self._matrix, self.product, self.A, self.B, self.routing))
+        routing = self.routing
+        if method == GATHERED:
+            method, routing = "bmm-lora", routing.for_one_layer()
+        if self.scales is None:
+            function = ops.function_of(method)
+            return partial(function, self.x, self.weight, self.A, self.B, routing.slots, None, routing)
+        around = ops.around_function_of(method)
+        return None if around is None else partial(around, self.product, self.x, self.A, self.B, routing)
+
+    @property
+    def _matrix(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.scales
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (n, l, d_in) @ weight.T."""
+        if self.scales is None:
+            return linear(x, self.weight)
+        n, length, _ = x.shape
+        rows, form = (x, "modulate") if length > 16 else (x.reshape(n * length, 1, -1), "decode")
+        number = rows.shape[0]
+        if number not in self._identities:
+            self._identities[number] = ops.route([0] * number, [0], self.A.shape[1], x.device)
+        y = self.kernels.serve(form, rows, self._matrix, self.product, self.A, self.B, self._identities[number])
+        return y.reshape(n, length, -1)
+
+    def truth(self, family: str) -> tuple[Tensor, Tensor]:
+        """The plain reference in float64 (n, l, d_out), and the same of every number's absolute value."""
+        A, B = self.A.double(), self.B.double()
+        weight = self.weight.double() if self.scales is None else self.weight.double() * self.scales.double()[:, None] / 127
+        for slot, rank in zip(self.routing.row_slots, self.routing.row_ranks, strict=True):
+            A[slot, rank:] = B[slot, rank:] = 0.0
+            if rank == 0 and family == "flora":
+                A[slot, 0] = B[slot, 0] = 1.0
+        reference = ops.flora_reference if family == "flora" else ops.lora_reference
+        numbers = (self.x.double(), weight, A, B)
+        slots = self.routing.slots
+        return reference(*numbers, slots), reference(*(one.abs() for one in numbers), slots)

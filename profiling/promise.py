@@ -1,0 +1,46 @@
+"""A measured figure and what is promised of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from profiling.timing import Ratio
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure and what it should be. value: None where nothing was measured that says it. target: at least that, or,
+    with at_most, at most that; None: told, not judged."""
+
+    part: str
+    what: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    target: float | None
+    at_most: bool = False
+    unit: str = "×"
+
+    @property
+    def holds(self) -> bool | None:
+        if self.target is None or self.value is None:
+            return None
+        return self.value <= self.target if self.at_most else self.value >= self.target
+
+    @classmethod
+    def of_ratio(cls, part: str, what: str, ratio: Ratio, target: float | None) -> Figure:
+        return cls(part, what, ratio.median, ratio.low, ratio.high, ratio.n, target)
+
+    def as_row(self) -> dict:
+        return asdict(self) | {"holds": self.holds}
+
+    def cells(self) -> list[str]:
+        def number(value: float) -> str:
+            return f"{100 * value:.0f} %" if self.unit == "%" else f"{value:.3g}{self.unit}"
+
+        interval = "" if self.low is None else f" [{number(self.low)}, {number(self.high)}]"
+        wanted = "" if self.target is None else f"{'at most' if self.at_most else 'at least'} {number(self.target)}"
+        holds = {None: "", True: "yes", False: "NO"}[self.holds]
+        measured = "not measured" if self.value is None else number(self.value) + interval
+        return [self.part, self.what, measured, wanted, holds]
