@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from profiling.options import add_weights
@@ -362,10 +363,26 @@ def _add_gpu(commands: argparse._SubParsersAction) -> None:
     gpu.add_argument("--json", metavar="FILE", help="write JSONL rows as they come: what was measured before an end is kept")
 
 
+FILES = ("json", "csv", "per_request", "report")
+"""Options that name a file to be written."""
+
+
+def _unwritable(options: argparse.Namespace) -> str | None:
+    """Why one of the files that are to be written cannot be, as far as can be told before hours of measuring; None: they can."""
+    for path in [Path(getattr(options, name)) for name in FILES if getattr(options, name, None) not in (None, "", "-")]:
+        if path.is_dir() or not path.name:
+            return f"cannot write {str(path)[-80:]!r}: it is a folder"
+        if not path.parent.is_dir():
+            return f"cannot write {path.name!r}: there is no such folder"
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sub-command; 0 for done, 2 with one line on stderr for bad input, 130 when interrupted."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if unwritable := _unwritable(options):
+        parser.error(unwritable)
     # Torch and the models' libraries take seconds to import: --help and a mistyped option answer at once.
     from flora.errors import FloraError
 

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     settings = settings_from(options)
     set_threads(options.threads)
     check_numbers(options, ("adapters", "rank", "host_adapters_mb"))
-    check_files(options, ("json", "csv", "per_request", "report"))
+    check_report(options)
     requests = _own_requests(options)
     said = sys.stderr if options.json == "-" else sys.stdout  # rows on stdout stay alone there
     engines: dict[str, Engine] = {}
@@ -77,14 +77,10 @@ def check_numbers(options: argparse.Namespace, names: Sequence[str]) -> None:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
 
 
-def check_files(options: argparse.Namespace, names: Sequence[str]) -> None:
-    """RequestError, before anything is loaded, for one of these options that names a file which could not be written."""
+def check_report(options: argparse.Namespace) -> None:
+    """RequestError, before anything is loaded, for a --report that is to be no page."""
     if options.report and Path(options.report).suffix.lower() != ".html":
         raise RequestError("this report is a page: give --report a name that ends in .html")
-    for name in names:
-        path = getattr(options, name)
-        if path and path != "-" and not Path(path).parent.is_dir():
-            raise RequestError(f"cannot write {Path(path).name!r}: there is no such folder")
 
 
 def settings_from(options: argparse.Namespace) -> LoadSettings:

@@ -51,6 +51,8 @@ class LoadSettings:
             raise RequestError(f"the concurrency must be at least 1 request, not {self.concurrency}")
         if self.concurrency is not None and not math.isinf(self.traffic.rate):
             raise RequestError("a closed loop sends a request when another is done: give a concurrency or a rate, not both")
+        if self.concurrency is not None and self.traffic.burstiness != 1:
+            raise RequestError("a closed loop sends a request when another is done: burstiness needs a rate, not a concurrency")
         if self.duration_s is not None and not 0 < self.duration_s < math.inf:
             raise RequestError(f"the duration must be a number of seconds above 0, not {self.duration_s:g}")
         if self.duration_s is not None and self.concurrency is None:

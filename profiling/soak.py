@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +28,7 @@ import psutil
 from flora.engine import FailEvent, FinishEvent
 from flora.errors import BusyError, FloraError, RequestError
 from profiling import hardware, report
+from profiling.compare import checked_methods
 from profiling.load import Driver
 from profiling.load_runs import servable_by, sources_of
 from profiling.loading import load_engine, set_threads
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
     from flora.engine.request import Event
 
 REPORT_EVERY_S = 60.0
-CANCELLED, LEFT = 0.10, 0.10
-"""Shares of requests that are cancelled, and whose reader leaves."""
+CANCELLED, LEFT, WITH_DEADLINE = 0.10, 0.10, 0.33
+"""Shares of requests that are cancelled, whose reader leaves, and that have a deadline, which is far away."""
 
 CANCEL_AFTER_S = 0.5  # on average
 CHANGE_ADAPTERS_EVERY_S = 0.5  # on average
 SETTLE_S = 60.0
 """How long the last requests may take to end."""
 
-WARM_SHARE = 0.25
+WARM_SHARE = 0.4
 """Of the run, at its start: caches and allocators grow to what the traffic needs, and memory is compared from then on."""
 
-MEMORY_GROWTH = 0.1
+MEMORY_GROWTH = 0.05
 """By how much of itself memory may grow from then to the end: allocators, and a queue that was never as long before."""
 
 MAX_WAITING = 64
@@ -155,6 +155,7 @@ class Soak:
                         planned.request(),
                         self.method,
                         session=self._choose.randrange(8),
+                        deadline_s=SETTLE_S if self._choose.random() < WITH_DEADLINE else None,
                         listener=None if leaves_after else partial(self._listen, number),
                     )
                 except FloraError as error:
@@ -252,7 +253,7 @@ class Soak:
         if len(warm) > 2:
             growth = _slope([row.time_s for row in warm], [row.rss_mb for row in warm]) * (warm[-1].time_s - warm[0].time_s)
             if growth > MEMORY_GROWTH * warm[0].rss_mb:
-                wrong.append(f"memory grew by {growth:.0f} MB, from {warm[0].rss_mb:.0f} MB, after the first quarter")
+                wrong.append(f"memory grew by {growth:.0f} MB, from {warm[0].rss_mb:.0f} MB, after the first part of the run")
             if last.threads > max(row.threads for row in warm[: len(warm) // 2 + 1]):
                 wrong.append(f"there are {last.threads} threads, and were {warm[0].threads}")
         for kind, engine in self.engines.items():
@@ -283,8 +284,7 @@ def run(options: argparse.Namespace) -> int:
     for name, most in (("minutes", 10_000), ("load", 2), ("calibrate", 3600)):
         if not 0 < getattr(options, name) <= most:
             raise RequestError(f"--{name} must be a number above 0 and at most {most}, not {getattr(options, name):g}")
-    if options.json and not Path(options.json).parent.is_dir():
-        raise RequestError(f"cannot write {Path(options.json).name!r}: there is no such folder")
+    checked_methods([options.method])
     mix = parse_mix(options.mix)
     set_threads(options.threads)
     engines: dict[str, Engine] = {}

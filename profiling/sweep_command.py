@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from flora.errors import RequestError
 from profiling import hardware, report, sweep_report
-from profiling.load_command import MAX_WAITING, check_files, check_numbers, interruptible, model_words, show_progress
+from profiling.load_command import MAX_WAITING, check_numbers, check_report, interruptible, model_words, show_progress
 from profiling.load_runs import LoadSettings, sources_of
 from profiling.loading import load_engine, set_threads
 from profiling.options import weight_words
@@ -23,7 +23,7 @@ from profiling.traffic import Lengths, Traffic
 def run(options: argparse.Namespace) -> int:
     """Load, measure, print and write; 0 for done, 130 when interrupted. Raises a FloraError for bad input."""
     check_numbers(options, ("adapters",))
-    check_files(options, ("json", "csv", "report"))
+    check_report(options)
     settings = settings_from(options)
     set_threads(options.threads)
     said = sys.stderr if options.json == "-" else sys.stdout  # rows on stdout stay alone there

@@ -30,6 +30,7 @@ POPULARITIES = ("identical", "distinct", "uniform", "zipf:1.5", "skewed", "power
 EXPONENTS = ("zipf", "power")  # the popularities that take an α
 SHUFFLED = ("distinct", "uniform")  # popularities under which no adapter is preferred: any may come first
 CORPUS_PROBLEMS = 24  # per language
+MAX_REQUESTS = 1_000_000  # of one run: a plan holds all of them
 CUTTING_ATTEMPTS = 12
 
 
@@ -379,8 +380,8 @@ class Traffic:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_requests < 1:
-            raise RequestError(f"there must be at least 1 request, not {self.num_requests}")
+        if not 1 <= self.num_requests <= MAX_REQUESTS:
+            raise RequestError(f"there must be from 1 to {MAX_REQUESTS:,} requests, not {self.num_requests:,}")
         if not self.rate > 0:
             raise RequestError(f"the rate must be a number of requests a second above 0, or inf, not {self.rate:g}")
         if not self.burstiness > 0:

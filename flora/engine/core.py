@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -70,6 +70,11 @@ class Row:
     def length(self) -> int:
         """Positions it may fill in the cache."""
         return len(self.encoded.prompt_ids) + self.max_new_tokens
+
+    def forget_clip(self) -> None:
+        """Let the features of its clip go, which nobody reads again: whoever keeps its ticket need not keep them on the device."""
+        if self.encoded.features is not None:
+            self.encoded = replace(self.encoded, features=None)
 
     @property
     def num_cached(self) -> int:
@@ -162,6 +167,7 @@ class Core:
         self.cache = self.graphs = self._decode_serving = self._merged_serving = None
 
     def _leave(self, row: Row) -> None:
+        row.forget_clip()
         if row.times.admitted_s is None:
             self.scheduler.withdraw(row)
         else:
@@ -263,6 +269,7 @@ class Core:
                 if not chunk.is_last:
                     continue
                 row.position = len(row.encoded.prompt_ids)
+                row.forget_clip()
                 self.scheduler.prefilled(1)  # the chunks are those of the first that wait for their prefill, in order
                 self._decode_serving = None
             self._take(row, outcome)
@@ -280,16 +287,17 @@ class Core:
                     [row.request.temperature for row in part],
                     [row.sampler for row in part],
                 )
+                return [
+                    _Token(token, value) if math.isfinite(value) else _not_finite(row)
+                    for row, token, value in zip(part, ids, values, strict=True)
+                ]
             except Exception as error:  # whatever it is, it ends the request it came from, by name, and no other
-                if stop - start > 1:
-                    middle = (start + stop) // 2
-                    return attempt(start, middle) + attempt(middle, stop)
-                logger.warning("a request's forward failed", exc_info=error)
-                return [_forward_error(rows[start], error)]
-            return [
-                _Token(token, value) if math.isfinite(value) else _not_finite(row)
-                for row, token, value in zip(part, ids, values, strict=True)
-            ]
+                if stop - start == 1:
+                    logger.warning("a request's forward failed", exc_info=error)
+                    return [_forward_error(rows[start], error)]
+            # Out here the error is gone, and with it what the failed forward held: where memory ran out, the halves have it.
+            middle = (start + stop) // 2
+            return attempt(start, middle) + attempt(middle, stop)
 
         return attempt(0, len(rows))
 
@@ -369,7 +377,8 @@ def _with(row: Row) -> str:
 def _forward_error(row: Row, error: Exception) -> FloraError:
     if isinstance(error, FloraError):
         return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    # A CPU's allocator raises a plain RuntimeError.
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error):
         return ServingError(f"the device's memory did not suffice for a request with {_with(row)}: shorten it, or try again later")
     return ServingError(f"the model failed on this request with {_with(row)} ({type(error).__name__}): try another one")
 

@@ -6,6 +6,7 @@ import atexit
 import heapq
 import itertools
 import logging
+import math
 import os
 import queue
 import threading
@@ -29,6 +30,9 @@ Listener = Callable[[Event], None]
 
 WAIT_FOR_ADAPTERS_S = 0.05
 """How long the thread sleeps at most when no request can run before an adapter has been read."""
+
+KEPT_DEADLINES = 64
+"""How many deadlines of requests that have ended are kept, besides as many again as there are requests, before they are dropped."""
 
 IDLE_S = 10.0
 """How long the thread waits for work before it ends, and keeps its engine no longer; the next request starts another."""
@@ -185,7 +189,7 @@ class Server:
             for ticket in tickets:
                 ticket.times.arrival_s = now
                 self._arrived.append(ticket)
-                if deadline_s is not None:
+                if deadline_s is not None and deadline_s < math.inf:
                     heapq.heappush(self._deadlines, (now + deadline_s, next(self._order), ticket))
             self._news.notify()
         self._bank.prefetch([row.request.adapter for row in rows if row.request.adapter is not None])
@@ -286,6 +290,9 @@ class Server:
         now, overdue = time.perf_counter(), []
         while self._deadlines and self._deadlines[0][0] <= now:
             overdue.append(heapq.heappop(self._deadlines)[2])
+        if len(self._deadlines) > 2 * (len(self._tickets) + len(self._arrived)) + KEPT_DEADLINES:  # most of them have ended before
+            self._deadlines = [entry for entry in self._deadlines if not entry[2]._row.done]
+            heapq.heapify(self._deadlines)
         return overdue
 
     def _take_in(self) -> None:
@@ -322,7 +329,8 @@ class Server:
                     told = self._compute(core.step)
                 except Exception as error:  # a fault of the engine's own: its requests end by name, and it begins afresh
                     logger.exception("a step of the engine failed")
-                    told = [*core.told, *self._abandon(method, error)]
+                    tokens = [one for one in core.told if isinstance(one[1], TokenEvent)]
+                    told = [*tokens, *self._abandon(method, error)]  # which tells every end
             moved = moved or bool(told) or bool(core.scheduler.num_running)
             self._tell(told)
         return moved
@@ -333,12 +341,16 @@ class Server:
         told: list[Told] = []
         sentence = f"the engine failed while the request ran ({type(error).__name__}): send it again"
         for row, ticket in self._tickets.items():
-            if ticket.method == method and not row.done:
+            if ticket.method != method:
+                continue
+            if not row.done:
                 row.error, row.times.finished_s = ServingError(sentence), time.perf_counter()
                 if core is not None:
                     core.counts.failed += 1
-                told.append((row, FailEvent(row.index, row.error)))
-            if ticket.method == method and row.slot is not None:
+            # Whoever is still in `_tickets` has not been told of an end, be it one that came before the fault.
+            ended = FailEvent(row.index, row.error) if row.completion is None else FinishEvent(row.index, row.completion)
+            told.append((row, ended))
+            if row.slot is not None:
                 self._bank.unpin(row.slot)
                 row.slot = None
         return told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -83,7 +84,7 @@ def fail_on(monkeypatch, engine: Engine, request: Request, phase: str, error: Ex
     def faulty_decode(tokens, positions, cache, first_row, serving):
         (core,) = engine._server.cores
         rows = core.scheduler.decoding[first_row : first_row + len(tokens)]
-        if any(is_it(row.encoded) and len(row.token_ids) >= at for row in rows):
+        if any(row.request is request and len(row.token_ids) >= at for row in rows):
             sizes.append(len(tokens))
             raise error
         return decode(tokens, positions, cache, first_row, serving)
@@ -326,3 +327,25 @@ def test_static_shapes_are_few_and_change_no_token(kind, checkpoints, clips, tin
     widths = {width for _, width in shapes}
     assert {rows for rows, _ in shapes} <= {1, 2, 4, 6} and len(shapes) < 4 * len(widths) + 1, shapes
     assert all(width % 64 == 0 or width == engine.context_length for width in widths), shapes
+
+
+def test_what_a_failed_forward_held_is_gone_before_its_halves_are_tried(checkpoints, monkeypatch):
+    """Where memory ran out, the halves need what the whole had taken: the error, and all that its frames hold, must not live on."""
+    engine = checkpoints["code"].engine()
+    decode, held = engine.runner.decode, []
+
+    class Activations:
+        pass
+
+    def full(tokens, positions, cache, first_row, serving):
+        assert all(one() is None for one in held), "what an earlier attempt took is still there"
+        if len(tokens) > 1:
+            taken = Activations()
+            held.append(weakref.ref(taken))
+            raise torch.OutOfMemoryError("the device is full")
+        return decode(tokens, positions, cache, first_row, serving)
+
+    monkeypatch.setattr(engine.runner, "decode", full)
+    answers = engine.generate([Request(text, max_new_tokens=3) for text in ("a", "b", "c", "d")])
+    assert len(held) > 1 and [len(answer.token_ids) for answer in answers] == [3] * 4
+    engine.close(0)

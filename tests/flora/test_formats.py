@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import peft
+import psutil
 import pytest
 import tiny_models
 import torch
@@ -725,3 +726,14 @@ def test_an_adapter_of_a_wider_model_does_not_fit(checkpoints, folders):
     engine = checkpoints["code"].engine("aa")
     with pytest.raises(AdapterError, match=rf"'new' does not fit layer {LAYER}: it maps 50 → 80, the model's layer maps 48 → 80"):
         engine.add_adapter("new", folders["flora"])
+
+
+def test_reading_keeps_nothing(tmp_path):
+    """Adapters are read again and again while an engine serves: what a read leaves behind adds up."""
+    write_lora(tmp_path, {f"layers.{number}.c": (torch.ones(1, 4), torch.ones(1, 4)) for number in range(100)}, {"lora_alpha": 1})
+    process, sizes = psutil.Process(), []
+    for _ in range(2):
+        for _ in range(200):
+            read_adapter(tmp_path)
+        sizes.append(process.memory_info().rss)
+    assert sizes[1] - sizes[0] < 1 << 20, f"{sizes[1] - sizes[0]} bytes after 200 reads"

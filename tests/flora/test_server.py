@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -580,3 +581,45 @@ def test_a_batch_that_is_dropped_while_the_device_is_busy_is_closed_by_the_next_
         assert engine.bank._users, "it was closed while somebody had the device"
     engine.submit(ask()).result(PATIENCE_S)
     assert not engine.bank._users, "its slot is lost to all others"
+
+
+def test_an_end_that_a_fault_kept_from_its_caller_is_told_all_the_same(checkpoints, monkeypatch):
+    """The engine's own fault comes after a request has ended and before its caller hears of it: nobody waits for ever."""
+    engine = checkpoints["code"].engine()
+    tell, broken = server.Server._tell, []
+
+    def breaks_once(self, told):
+        if any(isinstance(event, FinishEvent) for _, event in told) and not broken:
+            broken.append(told)
+            raise RuntimeError("a fault of the engine's own")
+        tell(self, told)
+
+    monkeypatch.setattr(server.Server, "_tell", breaks_once)
+    tickets = [engine.submit(Request("x", max_new_tokens=count)) for count in (2, 40)]
+    assert len(tickets[0].result(30).token_ids) == 2 and broken
+    with pytest.raises(ServingError, match="the engine failed while the request ran"):
+        tickets[1].result(30)
+    assert engine.generate([Request("x", max_new_tokens=2)])[0].finish_reason == "length"
+    engine.close(0)
+
+
+@pytest.mark.parametrize("deadline_s", [60.0, math.inf])
+def test_deadlines_of_requests_that_have_ended_are_dropped(deadline_s, checkpoints):
+    engine = checkpoints["code"].engine(max_waiting=1000)
+    for _ in range(3):
+        for ticket in [engine.submit(Request("x", max_new_tokens=1), deadline_s=deadline_s) for _ in range(100)]:
+            ticket.result(60)
+    assert len(engine._server._deadlines) <= 2 * 100 + server.KEPT_DEADLINES
+    engine.generate([Request("x", max_new_tokens=2)])
+    assert len(engine._server._deadlines) <= server.KEPT_DEADLINES * (deadline_s < math.inf)
+    engine.close(0)
+
+
+def test_a_ticket_keeps_no_clip_on_the_device(checkpoints, clips):
+    engine = checkpoints["speech"].engine()
+    tickets = [engine.submit(Request(audio=clips[0], sampling_rate=16000, max_new_tokens=count)) for count in (3, 30)]
+    tickets[0].result(60)
+    tickets[1].cancel()
+    tickets[1].result(60)
+    assert all(ticket._row.encoded.features is None for ticket in tickets)
+    engine.close(0)

@@ -59,7 +59,7 @@ def test_a_request_that_never_ends_is_told(engines, clips, monkeypatch):
             ends = isinstance(event, server.FinishEvent | server.FailEvent)
             seen.append(ends)
             if ends and sum(seen) % 5 == 0:
-                self._bank.pin_now("bb", "flora")
+                self._bank.pin("bb", "flora")
                 del self._tickets[row]
             else:
                 kept.append((row, event))
