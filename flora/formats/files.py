@@ -78,7 +78,8 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
             )
         raise CheckpointError(f"adapter {name}: {WEIGHTS_FILE} is missing")
     try:
-        tensors = load(path.read_bytes())  # tensor by tensor, safetensors 0.8 keeps some bytes of each for ever
+        # Tensor by tensor, safetensors 0.8 keeps some bytes of each for ever; all at once, they come in another order each time.
+        tensors = dict(sorted(load(path.read_bytes()).items()))
     except (SafetensorError, KeyError, OSError) as error:  # KeyError: a dtype that this PyTorch has not
         raise CheckpointError(f"adapter {name}: {WEIGHTS_FILE} is truncated or not a safetensors file; save it again") from error
     if not tensors:
