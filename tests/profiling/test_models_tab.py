@@ -17,12 +17,14 @@ from urllib.parse import urlsplit
 import gradio as gr
 import pytest
 import tiny_models
+import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from safetensors.torch import load_file, save_file
 
 from flora.engine import Engine, Request
 from flora.errors import AdapterError, CheckpointError, FloraError, ModelError, RequestError, UnknownAdapterError
+from flora.formats import write_flora
 from profiling.compare import compare
 from profiling.dashboard import adapters as adapters_module
 from profiling.dashboard import models_views as views
@@ -196,6 +198,37 @@ def test_an_adapter_of_another_model_is_refused_by_name(own, desk, tmp_path, mod
     with pytest.raises(AdapterError, match="does not fit layer"):
         desk.upload(GUEST, "mine", sorted((tmp_path / "mine").iterdir()))
     assert not files_of(desk)
+
+
+def of_rank(rank: int, folder: Path) -> list[Path]:
+    """The files of a fLoRA adapter of one layer of the code model."""
+    factors = {"transformer.h.0.attn.c_proj": (torch.ones(rank, 48), torch.ones(rank, 48))}
+    write_flora(folder, factors, {"r": rank})
+    return sorted(folder.iterdir())
+
+
+def test_ranks_are_limited_as_every_slot_has_room_for_the_largest(own, desk, tmp_path, monkeypatch):
+    with pytest.raises(AdapterError, match=r"^adapter mine has rank 1,500, and one that is sent here may have 128 at most$"):
+        desk.upload(GUEST, "mine", of_rank(1500, tmp_path / "1500"))
+    with pytest.raises(AdapterError, match=r"has rank 100 on layer transformer.h.0.attn.c_proj, .* takes 64 at most"):
+        desk.upload(GUEST, "mine", of_rank(100, tmp_path / "100"))
+    assert not files_of(desk) and not desk._ranks.get("code")
+
+    slots = own["code"].bank.num_slots + 1
+    monkeypatch.setattr(adapters_module, "MAX_SLOT_BYTES", slots * 4 * (48 + 48) * own["code"].bank.dtype.itemsize)
+    for tag, rank in (("four", 4), ("three", 3)):  # they share the room
+        desk.upload(GUEST, tag, of_rank(rank, tmp_path / tag))
+    five = of_rank(5, tmp_path / "five")
+    with pytest.raises(AdapterError, match="slots of visitors' adapters may take .* and with five they would take more"):
+        desk.upload(GUEST, "five", five)
+    desk.remove(GUEST, "code", "four")  # its slots stay as wide as they were
+    with pytest.raises(AdapterError, match="with five they would take more"):
+        desk.upload(GUEST, "five", five)
+    assert desk._ranks["code"] == {("flora", "transformer.h.0.attn.c_proj"): 4}
+    model = Engine.from_pretrained(own["code"].model.name_or_path)
+    own.replace(model)  # its stacks are made anew, for those that came along
+    assert desk._ranks["code"] == {("flora", "transformer.h.0.attn.c_proj"): 3}
+    desk.from_folder(OWNER, "five", str(tmp_path / "five"))
 
 
 def test_from_a_folder_and_the_folder_stays(own, desk, model_folders, tmp_path):
