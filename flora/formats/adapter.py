@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flora.errors import CheckpointError
+from flora.errors import CheckpointError, quoted
 from flora.formats.files import CONFIG_FILE, display_name, locate, read_config, read_tensors, split_index, write
 from flora.formats.kinds import KEY_PREFIX, KINDS, MAY_HOLD_SEVERAL, SERVED, Checkpoint
 
@@ -58,12 +58,13 @@ def read_adapter(source: str | Path) -> Adapter:
         raise CheckpointError(f"adapter {name}: {CONFIG_FILE} has no peft_type; save it again with PEFT")
     kind = KINDS.get(peft_type) if isinstance(peft_type, str) else None
     if kind is None:
-        raise CheckpointError(f"adapter {name}: PEFT type {repr(peft_type)[:80]} cannot be served per row; {SERVED} can")
+        raise CheckpointError(f"adapter {name}: PEFT type {quoted(peft_type)} cannot be served per row; {SERVED} can")
     if index is not None and peft_type not in MAY_HOLD_SEVERAL:
         raise CheckpointError(f"adapter {name} holds one adapter: leave #{index} out")
     if config.get("modules_to_save"):
         raise CheckpointError(
-            f"adapter {name} replaces whole modules (modules_to_save={config['modules_to_save']!r}), which cannot be served per row"
+            f"adapter {name} replaces whole modules (modules_to_save={quoted(config['modules_to_save'])}), "
+            "which cannot be served per row"
         )
     meaning = kind(Checkpoint(name, config, read_tensors(folder, name), index))
     base_model = config.get("base_model_name_or_path")

@@ -492,6 +492,10 @@ class TestBrokenFiles:
     def test_an_over_long_name(self, kind):
         with pytest.raises(CheckpointError, match="there is no such folder"):
             read_adapter("x" * 5000)
+        with pytest.raises(CheckpointError, match="there is no such folder"):
+            read_adapter(f"{'x' * 300}#1")
+        with pytest.raises(CheckpointError, match="there is no such folder"):
+            read_adapter(f"{'x' * 300}/a/b")
 
     def test_a_file_instead_of_a_folder(self, kind, folder):
         assert_refused(folder / CONFIG_FILE, "is a file; give the folder")
@@ -508,6 +512,13 @@ class TestBrokenFiles:
     def test_broken_json(self, kind, folder, content):
         (folder / CONFIG_FILE).write_bytes(content)
         assert_refused(folder, "adapter_config.json is not valid JSON")
+
+    def test_a_config_that_may_not_be_read(self, kind, folder, monkeypatch):
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied", str(folder / CONFIG_FILE))
+
+        monkeypatch.setattr(Path, "read_text", refuse)
+        assert_refused(folder, r"adapter_config.json cannot be read \(PermissionError\)")
 
     @pytest.mark.parametrize("content", ["[]", "3", "null", '"LORA"'])
     def test_json_that_is_no_object(self, kind, folder, content):
@@ -621,15 +632,24 @@ def test_flora_that_does_not_say_how_components_combine(folders, combine):
         ({"lora_alpha": None}, "lora_alpha of layer .* is None, not a finite number"),
         ({"lora_alpha": "16"}, "lora_alpha of layer .* is '16', not a finite number"),
         ({"lora_alpha": float("nan")}, "lora_alpha of layer .* is nan, not a finite number"),
+        ({"lora_alpha": 10**400}, "lora_alpha of layer .* is 10+.*, not a finite number"),
         ({"alpha_pattern": {"c_fc": [2]}}, r"lora_alpha of layer .*c_fc is \[2\], not a finite number"),
         ({"alpha_pattern": ["c_fc"]}, "alpha_pattern is not an object"),
         ({"alpha_pattern": {"c_fc(": 2}}, r"alpha_pattern 'c_fc\(' is not a regular expression"),
+        ({"alpha_pattern": {"x{99999999999}": 4}}, "alpha_pattern 'x{99999999999}' is not a regular expression"),
     ],
     ids=str,
 )
 def test_lora_that_is_not_plain(folders, values, message):
     set_config(folders["lora"], **values)
     assert_refused(folders["lora"], message)
+
+
+@pytest.mark.parametrize("option", ["modules_to_save", "bias", "lora_alpha", "peft_type"])
+@pytest.mark.parametrize("value", ["x" * 1000, ["x" * 1000] * 100, [[[["x" * 50] * 6] * 6] * 6] * 6], ids=["long", "wide", "deep"])
+def test_what_is_quoted_is_short(folders, option, value):
+    set_config(folders["lora"], **{option: value})
+    assert_refused(folders["lora"], "^.{1,300}$")
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
@@ -647,7 +667,13 @@ def test_dora_made_by_peft_is_refused(checkpoints, tmp_path):
     assert_refused(folder, "uses DoRA")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_an_exotic_precision_is_refused_by_name(folders):
+    key = KEY["lora"]["A"]
+    change_tensors(folders["lora"], lambda tensors: tensors.update({key: tensors[key].view(torch.float8_e8m0fnu)}))
+    assert_refused(folders["lora"], f"tensor {key} is torch.float8_e8m0fnu, not floating point of 8 to 64 bits")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
 def test_lower_precisions_are_read(folders, dtype):
     key = KEY["lora"]["A"]
     A = load_file(folders["lora"] / WEIGHTS_FILE)[key].to(dtype)
