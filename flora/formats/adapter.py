@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,9 +90,14 @@ def write_flora(folder: str | Path, factors: dict[str, tuple[Tensor, Tensor]], c
 
 
 def write_lora(folder: str | Path, factors: dict[str, tuple[Tensor, Tensor]], config: dict) -> None:
-    """Write a LoRA checkpoint that PEFT loads. factors: layer → A (r, d_in), B (r, d_out) with scale 1 (lora_alpha = r)."""
+    """Write a LoRA checkpoint that PEFT loads. factors: layer → A (r, d_in), B (r, d_out) with scale 1 (lora_alpha = r, which is
+    written whatever `config` says; a layer of another rank than the largest has a pattern of its own)."""
     tensors = {}
     for layer, (A, B) in factors.items():
         tensors[f"{KEY_PREFIX}{layer}.lora_A.weight"] = A.detach().contiguous().cpu()
         tensors[f"{KEY_PREFIX}{layer}.lora_B.weight"] = B.detach().T.contiguous().cpu()
-    write(Path(folder), tensors, {"peft_type": "LORA", **config})
+    ranks = {layer: len(A) for layer, (A, _) in factors.items()}
+    largest = max(ranks.values(), default=1)
+    others = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
+    about = {"r": largest, "lora_alpha": largest, "rank_pattern": others, "alpha_pattern": others}
+    write(Path(folder), tensors, {"peft_type": "LORA", **config, **about})

@@ -28,6 +28,9 @@ from flora.errors import CheckpointError, first_line, quoted
 KEY_PREFIX = "base_model.model."
 SERVED = "LoRA, IA3, HiRA and fLoRA"
 
+PEFT_ALPHA = 8
+"""PEFT's lora_alpha where a configuration says nothing of it."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -79,7 +82,7 @@ def _lora(checkpoint: Checkpoint) -> Meaning:
     alpha_of = _alphas(config, name)
     for layer, (A, B) in _pairs(checkpoint, ".lora_A.weight", ".lora_B.weight", ignore=biases).items():
         rank = _common_rank(layer, A.shape[0], B.shape[1], name)
-        alpha = alpha_of(layer, rank)
+        alpha = alpha_of(layer)
         scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         factors[layer] = (A, B.T.contiguous() * scale)
         if config.get("lora_bias"):
@@ -226,8 +229,8 @@ def _refuse_trained_biases(checkpoint: Checkpoint) -> None:
         )
 
 
-def _alphas(config: dict, name: str) -> Callable[[str, int], float]:
-    """(layer, rank) → PEFT's lora_alpha, or that of the first alpha_pattern whose key, a regular expression, matches the layer's
+def _alphas(config: dict, name: str) -> Callable[[str], float]:
+    """layer → PEFT's lora_alpha, or that of the first alpha_pattern whose key, a regular expression, matches the layer's
     name's end."""
     pattern = config.get("alpha_pattern") or {}
     if not isinstance(pattern, dict):
@@ -241,8 +244,8 @@ def _alphas(config: dict, name: str) -> Callable[[str, int], float]:
                 f"adapter {name}: alpha_pattern {quoted(key)} is not a regular expression ({first_line(error)})"
             ) from error
 
-    def alpha_of(layer: str, rank: int) -> float:
-        alpha = next((value for expression, value in compiled if expression.match(layer)), config.get("lora_alpha", rank))
+    def alpha_of(layer: str) -> float:
+        alpha = next((value for expression, value in compiled if expression.match(layer)), config.get("lora_alpha", PEFT_ALPHA))
         if not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:  # nor NaN, nor a whole number beyond
             raise CheckpointError(f"adapter {name}: the lora_alpha of layer {layer} is {quoted(alpha)}, not a finite number")
         return alpha
