@@ -53,6 +53,7 @@ class AdapterInfo:
     sources: tuple[str, ...]
     peft_types: tuple[str | None, ...]  # as `families`: what each checkpoint calls itself
     base_models: tuple[str | None, ...]  # as `families`: what each checkpoint says it was made for
+    any_base_model: bool = False  # it was added whatever it says of that
 
 
 @dataclass(frozen=True)

@@ -68,17 +68,20 @@ class AdapterDesk:
 
     # --------------------------------------------------------------------------------------------------------- adding
 
-    def upload(self, visitor: Visitor, tag: str, files: Sequence[Path]) -> tuple[str, AdapterInfo]:
+    def upload(
+        self, visitor: Visitor, tag: str, files: Sequence[Path], any_base_model: bool = False
+    ) -> tuple[str, AdapterInfo]:
         """Add what was uploaded, as `uploads.unpack` takes it; the kind of model that it fits, and what it is.
 
+        any_base_model: take it whatever model it says it was made for.
         Raises PermissionRefused, RequestError, CheckpointError or AdapterError, each in one sentence without a path of ours.
         """
         visitor.require("upload")
         with self._place(visitor, tag), self._new_folder(tag, "uploaded") as folder:  # what errors and commands call it
             unpack(files, folder)
-            return self._add(visitor, tag, folder)
+            return self._add(visitor, tag, folder, any_base_model)
 
-    def from_hub(self, visitor: Visitor, tag: str, name: str) -> tuple[str, AdapterInfo]:
+    def from_hub(self, visitor: Visitor, tag: str, name: str, any_base_model: bool = False) -> tuple[str, AdapterInfo]:
         """Add a checkpoint of the hub, owner/name. It is kept with the uploads, and not in the hub's cache."""
         visitor.require("hub")
         name = (name or "").strip()
@@ -89,9 +92,9 @@ class AdapterDesk:
             _download(name, folder, token=None if "manage" in visitor.rights else False)
             check_config(folder / CONFIG_FILE)
             check_header(folder / WEIGHTS_FILE)
-            return self._add(visitor, tag, folder)
+            return self._add(visitor, tag, folder, any_base_model)
 
-    def from_folder(self, visitor: Visitor, tag: str, folder: str) -> tuple[str, AdapterInfo]:
+    def from_folder(self, visitor: Visitor, tag: str, folder: str, any_base_model: bool = False) -> tuple[str, AdapterInfo]:
         """Add a checkpoint from a folder of the server, which stays where it is."""
         visitor.require("folders")
         place = os.path.expanduser((folder or "").strip())
@@ -100,7 +103,7 @@ class AdapterDesk:
         if not os.path.isdir(place) and not os.path.isdir(_INDEX.sub("", place)):
             raise CheckpointError("there is no such folder on the server")
         with self._place(visitor, tag):
-            return self._add(visitor, tag, Path(place).absolute())
+            return self._add(visitor, tag, Path(place).absolute(), any_base_model)
 
     @contextmanager
     def _place(self, visitor: Visitor, tag: str) -> Iterator[None]:
@@ -145,7 +148,7 @@ class AdapterDesk:
         if "manage" not in visitor.rights and own >= MAX_OF_ONE_VISITOR:
             raise RequestError(f"you have added {MAX_OF_ONE_VISITOR} adapters, and that is all a visitor may: remove one first")
 
-    def _add(self, visitor: Visitor, tag: str, source: Path) -> tuple[str, AdapterInfo]:
+    def _add(self, visitor: Visitor, tag: str, source: Path, any_base_model: bool) -> tuple[str, AdapterInfo]:
         adapter = apart(partial(read_adapter, source))
         sent = source.is_relative_to(self._folder.name)
         if sent and adapter.rank > MAX_RANK + (adapter.peft_type == "HIRA"):  # which has one more component
@@ -169,7 +172,7 @@ class AdapterDesk:
                     f"the slots of visitors' adapters may take {MAX_SLOT_BYTES >> 20} MiB of the {kind} model's device, and with "
                     f"{tag} they would take more: give a smaller rank, or whoever runs this page adds it with --adapters"
                 )
-            info = add_checkpoint(engine, tag, source, adapter.family)
+            info = add_checkpoint(engine, tag, source, adapter.family, any_base_model)
             self.engines.changed()
             self._ranks[kind] = widest
             self._keep(visitor, kind, tag, info, ranks)

@@ -342,6 +342,23 @@ def test_adapters_of_a_command_line_go_where_they_fit(own, model_folders):
             add_where_it_fits(own, [entry])
 
 
+def test_an_adapter_of_another_base_model_is_taken_where_one_says_so(own, desk, model_folders, tmp_path):
+    shutil.copytree(model_folders["code"][1]["rb"][0], tmp_path / "mine")
+    path = tmp_path / "mine" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "some/other"}))
+    files = sorted((tmp_path / "mine").iterdir())
+    with pytest.raises(AdapterError, match="made for the base model 'other'.*--any-base-model, or the box in the page"):
+        desk.upload(GUEST, "mine", files)
+    with pytest.raises(AdapterError, match="made for the base model 'other'"):
+        add_where_it_fits(own, [f"line={tmp_path / 'mine'}"])
+    _, info = desk.upload(GUEST, "mine", files, any_base_model=True)
+    add_where_it_fits(own, [f"line={tmp_path / 'mine'}"], any_base_model=True)
+    desk.upload(GUEST, "mine", sorted(model_folders["code"][1]["rb"][1].iterdir()))  # beside it, and it stays
+    assert info.any_base_model and len(own["code"].adapters["mine"].families) == 2
+    assert own.replace(Engine.from_pretrained(own["code"].model.name_or_path)) == []
+    assert {"mine", "line"} <= {tag for tag, info in own["code"].adapters.items() if info.any_base_model}
+
+
 # --------------------------------------------------------------------------------------------------------------- models
 
 
@@ -353,7 +370,8 @@ def options(model_folders):
         f"{kind}_adapters": [f"started={adapters['rb' if kind == 'code' else 'lt'][0]}"]
         for kind, (_, adapters) in model_folders.items()
     }
-    return argparse.Namespace(**given, device="cpu", dtype="auto", quantize=None, weights="pretrained", llm_int8_threshold=6.0)
+    weights = {"quantize": None, "weights": "pretrained", "llm_int8_threshold": 6.0, "any_base_model": False}
+    return argparse.Namespace(**given, device="cpu", dtype="auto", **weights)
 
 
 @pytest.fixture
