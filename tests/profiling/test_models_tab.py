@@ -578,6 +578,19 @@ def test_a_program_adds_uses_and_removes_an_adapter(served, packed):
     assert "mine" not in other.predict(api_name="/adapters")["code"]
 
 
+def test_a_program_says_that_another_base_model_is_right(served, model_folders, tmp_path):
+    url, engines = served
+    shutil.copytree(model_folders["code"][1]["rb"][0], tmp_path / "mine")
+    path = tmp_path / "mine" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "some/other"}))
+    client, files = Client(url, verbose=False), [handle_file(str(path)) for path in (tmp_path / "mine").iterdir()]
+    with pytest.raises(AppError, match="made for the base model 'other'"):
+        client.predict("mine", files, api_name="/add_adapter")
+    added = client.predict("mine", files, any_base_model=True, api_name="/add_adapter")
+    assert added["base_models"] == ["some/other"] and engines["code"].adapters["mine"].any_base_model
+    client.predict("mine", "code", api_name="/remove_adapter")
+
+
 def test_uploads_are_limited_one_by_one_and_together(served, monkeypatch, tmp_path):
     url = f"{served[0]}gradio_api/upload"
 
@@ -607,6 +620,7 @@ def test_uploads_are_limited_one_by_one_and_together(served, monkeypatch, tmp_pa
         ({"files": []}, "nothing was uploaded"), ({"files": [7]}, "uploaded files"), ({"files": "x"}, "list"),
         ({"files": [{"path": "/etc/passwd"}]}, "uploaded files"), ({"hub": "a/b", "folder": "/"}, "one of"),
         ({"files": [{"path": "/etc/passwd", "meta": {"_type": "x"}}]}, "uploaded files"),
+        ({"hub": "a/b", "any_base_model": "yes"}, "true or false"),
         ({"tag": "<b>", "files": []}, "a tag has"), ({"tag": "lua", "files": []}, "not yours"),
     ],
 )  # fmt: skip
