@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from profiling.options import add_rights, add_weights
+from profiling.options import add_base_model_check, add_rights, add_weights
 
 if TYPE_CHECKING:
     from flora import Engine
@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="TAG=SOURCE",
         help="more adapters, each for the model that it fits; a tag may be given twice, once per family",
     )
+    add_base_model_check(parser)
     add_rights(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; default: auto")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16; default: auto")
@@ -91,7 +92,7 @@ def load_engines(options: argparse.Namespace) -> dict[str, Engine]:
 
     set_threads(options.threads)
     engines = {kind: load_engine(kind, options) for kind in KINDS}
-    add_where_it_fits(engines, options.adapters)
+    add_where_it_fits(engines, options.adapters, options.any_base_model)
     return engines
 
 

@@ -34,6 +34,9 @@ IDENTITY_SLOT = 0
 KEPT_BYTES = 128 << 20
 """A batch's gathered factors are kept from step to step where those of all layers together are no more than this."""
 
+RANK_OF_ANY_LAYER = 64
+"""A rank that is taken however narrow the layer: a fused layer of few heads may be narrower than its adapters' rank."""
+
 MAX_LISTED_TAGS = 20
 """How many tags an error lists before it only counts them."""
 
@@ -50,6 +53,7 @@ class AdapterInfo:
     sources: tuple[str, ...]
     peft_types: tuple[str | None, ...]  # as `families`: what each checkpoint calls itself
     base_models: tuple[str | None, ...]  # as `families`: what each checkpoint says it was made for
+    any_base_model: bool = False  # it was added whatever it says of that
 
 
 @dataclass(frozen=True)
@@ -336,6 +340,13 @@ class AdapterBank:
                 )
             if A is not None and B is not None and len(A) != len(B):
                 raise AdapterError(f"adapter {name!r}: layer {layer} has rank {len(A)} on its A side and {len(B)} on its B side")
+            # What a larger rank does, a smaller one does too; HiRA has one more component. Every slot has room for the largest.
+            rank, most = len(B if A is None else A), max(RANK_OF_ANY_LAYER, min(expected) + 1)
+            if rank > most:
+                raise AdapterError(
+                    f"adapter {name!r} has rank {rank:,} on layer {layer}, which maps {expected[0]} → {expected[1]} and takes "
+                    f"{most:,} at most: train it with a smaller rank"
+                )
         for layer, bias in adapter.added_biases.items():
             if layer not in adapter.factors or bias.shape != (self.layers[layer].out_features,):
                 raise AdapterError(

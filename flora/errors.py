@@ -6,6 +6,8 @@ gave (a tag, a file's name, a number), never a path of the server.
 
 from __future__ import annotations
 
+import reprlib
+
 
 class FloraError(ValueError):
     """Base of every error this package raises on purpose."""
@@ -61,6 +63,11 @@ class TrainingError(FloraError):
 
 class DivergenceError(TrainingError):
     """A loss or an adapter that became NaN or infinite."""
+
+
+def quoted(value: object) -> str:
+    """What a file of somebody else's says, as Python writes it, short enough to be quoted in a sentence."""
+    return reprlib.repr(value)[:80]
 
 
 def first_line(error: Exception | str) -> str:

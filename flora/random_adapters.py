@@ -110,7 +110,7 @@ class RandomAdapters:
             "inference_mode": True,
         }
         if self.family == "lora":
-            config |= {"lora_alpha": self.rank, "bias": "none", "fan_in_fan_out": transposed}
+            config |= {"bias": "none", "fan_in_fan_out": transposed}
         write = write_flora if self.family == "flora" else write_lora
         written = {}
         for number in range(count):

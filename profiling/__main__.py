@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from profiling.options import add_weights
+from profiling.options import add_base_model_check, add_weights
 
 COMMANDS = {
     "compare": "profiling.compare_command",
@@ -83,6 +83,8 @@ def _add_models(command: argparse.ArgumentParser, with_adapters: bool = True) ->
                 metavar="TAG=FOLDER",
                 help="a tag may be given twice, once per family; default: the adapters that ship",
             )
+    if with_adapters:
+        add_base_model_check(command)
     add_weights(command)
 
 

@@ -18,7 +18,7 @@ from bitsandbytes.nn import Linear8bitLt
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from flora import ops
+from flora import backend, ops
 from flora.engine import Engine, Request
 from flora.errors import RequestError
 from flora.layers import AdaptedLinear, LayerPlan, ServingHolder
@@ -230,6 +230,7 @@ def run(options: argparse.Namespace) -> int:
         print("the same request alone and in a batch", batch_table(batches), sep="\n")
         rows += [{"part": "batch", "dtype": "float32", **asdict(point)} for point in batches]
     if options.json:
-        shared = {"seed": 0, "hardware": facts, "command": report.own_command()}
+        implementation = backend.implementation(torch.device(device).type)
+        shared = {"seed": 0, "implementation": implementation, "hardware": facts, "command": report.own_command()}
         report.write_text(options.json, "".join(json.dumps(row | shared, ensure_ascii=False) + "\n" for row in rows))
     return 0

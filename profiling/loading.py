@@ -49,6 +49,8 @@ def load_engine(kind: str, options: argparse.Namespace, with_adapters: bool = Tr
         adapters = workload.given_adapters(given)
     elif with_adapters and (model is None or Path(model).resolve() == embedded):
         adapters = workload.discover_adapters(workload.ASSETS / "adapters" / kind)
+    if adapters:
+        engine_options["check_base_model"] = not options.any_base_model
     engine = _load(model or embedded, adapters, options, **engine_options)
     if engine.kind != kind:
         raise ModelError(f"--{kind}-model names the {engine.kind} model {engine.name!r}: give a {kind} model")
@@ -95,22 +97,24 @@ def kind_that_fits(engines: Mapping[str, Engine], adapter: Adapter, tag: str) ->
     raise AdapterError(f"adapter {tag!r} does not fit {models}: it was made for another one, with layers such as {layer[:100]}")
 
 
-def add_checkpoint(engine: Engine, tag: str, source: str | Path, family: str) -> AdapterInfo:
+def add_checkpoint(engine: Engine, tag: str, source: str | Path, family: str, any_base_model: bool = False) -> AdapterInfo:
     """Add a checkpoint of this family to a tag, beside the tag's checkpoint of the other family, in place of one of its own.
 
+    any_base_model: take it whatever model it says it was made for; so is one beside a checkpoint that was taken like that.
     Raises AdapterError, and leaves the tag as it was, where it does not fit.
     """
     present = engine.adapters.get(tag)
     beside = [] if present is None else [one for one, its in zip(present.sources, present.families, strict=True) if its != family]
-    return engine.add_adapter(tag, [*beside, source])
+    unchecked = any_base_model or (bool(beside) and present.any_base_model)
+    return engine.add_adapter(tag, [*beside, source], check_base_model=not unchecked)
 
 
-def add_where_it_fits(engines: Mapping[str, Engine], entries: Iterable[str]) -> None:
-    """Add each TAG=SOURCE of a command line's `--adapters` to the engine that it fits."""
+def add_where_it_fits(engines: Mapping[str, Engine], entries: Iterable[str], any_base_model: bool = False) -> None:
+    """Add each TAG=SOURCE of a command line's `--adapters` to the engine that it fits. any_base_model: as in `add_checkpoint`."""
     for tag, sources in workload.given_adapters(list(entries)).items():
         for source in sources:
             adapter = apart(partial(read_adapter, source))
-            add_checkpoint(engines[kind_that_fits(engines, adapter, tag)], tag, source, adapter.family)
+            add_checkpoint(engines[kind_that_fits(engines, adapter, tag)], tag, source, adapter.family, any_base_model)
 
 
 def add_random_adapters(

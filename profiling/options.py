@@ -35,6 +35,15 @@ def add_weights(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> No
     )
 
 
+def add_base_model_check(parser: argparse.ArgumentParser) -> None:
+    """Whether adapters may name another base model, as `profiling.loading` reads it."""
+    parser.add_argument(
+        "--any-base-model",
+        action="store_true",
+        help="take every adapter that fits, also one that says that it was made for another base model",
+    )
+
+
 def weight_words(loaded: Any) -> list[str]:
     """The options above as words of a command line, without what is assumed anyway. loaded: an engine, or parsed options."""
     words = ["--weights", loaded.weights] if loaded.weights != "pretrained" else []

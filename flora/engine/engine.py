@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -196,8 +196,9 @@ class Engine:
         def prepare() -> PreparedAdapter:
             adapters = read()
             prepared = self.bank.prepare(name, adapters, reload=read)
-            if check_base_model:
-                require_base_model(name, adapters, (self.name, self.model.name_or_path))
+            if not check_base_model:
+                return replace(prepared, info=replace(prepared.info, any_base_model=True))
+            require_base_model(name, adapters, (self.name, self.model.name_or_path))
             return prepared
 
         prepared = apart(prepare)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from flora.errors import CheckpointError
+from flora.errors import CheckpointError, quoted
 from flora.formats.files import CONFIG_FILE, display_name, locate, read_config, read_tensors, split_index, write
 from flora.formats.kinds import KEY_PREFIX, KINDS, MAY_HOLD_SEVERAL, SERVED, Checkpoint
 
@@ -58,12 +59,13 @@ def read_adapter(source: str | Path) -> Adapter:
         raise CheckpointError(f"adapter {name}: {CONFIG_FILE} has no peft_type; save it again with PEFT")
     kind = KINDS.get(peft_type) if isinstance(peft_type, str) else None
     if kind is None:
-        raise CheckpointError(f"adapter {name}: PEFT type {repr(peft_type)[:80]} cannot be served per row; {SERVED} can")
+        raise CheckpointError(f"adapter {name}: PEFT type {quoted(peft_type)} cannot be served per row; {SERVED} can")
     if index is not None and peft_type not in MAY_HOLD_SEVERAL:
         raise CheckpointError(f"adapter {name} holds one adapter: leave #{index} out")
     if config.get("modules_to_save"):
         raise CheckpointError(
-            f"adapter {name} replaces whole modules (modules_to_save={config['modules_to_save']!r}), which cannot be served per row"
+            f"adapter {name} replaces whole modules (modules_to_save={quoted(config['modules_to_save'])}), "
+            "which cannot be served per row"
         )
     meaning = kind(Checkpoint(name, config, read_tensors(folder, name), index))
     base_model = config.get("base_model_name_or_path")
@@ -88,9 +90,14 @@ def write_flora(folder: str | Path, factors: dict[str, tuple[Tensor, Tensor]], c
 
 
 def write_lora(folder: str | Path, factors: dict[str, tuple[Tensor, Tensor]], config: dict) -> None:
-    """Write a LoRA checkpoint that PEFT loads. factors: layer → A (r, d_in), B (r, d_out) with scale 1 (lora_alpha = r)."""
+    """Write a LoRA checkpoint that PEFT loads. factors: layer → A (r, d_in), B (r, d_out) with scale 1 (lora_alpha = r, which is
+    written whatever `config` says; a layer of another rank than the largest has a pattern of its own)."""
     tensors = {}
     for layer, (A, B) in factors.items():
         tensors[f"{KEY_PREFIX}{layer}.lora_A.weight"] = A.detach().contiguous().cpu()
         tensors[f"{KEY_PREFIX}{layer}.lora_B.weight"] = B.detach().T.contiguous().cpu()
-    write(Path(folder), tensors, {"peft_type": "LORA", **config})
+    ranks = {layer: len(A) for layer, (A, _) in factors.items()}
+    largest = max(ranks.values(), default=1)
+    others = {re.escape(layer): rank for layer, rank in ranks.items() if rank != largest}
+    about = {"r": largest, "lora_alpha": largest, "rank_pattern": others, "alpha_pattern": others}
+    write(Path(folder), tensors, {"peft_type": "LORA", **config, **about})

@@ -22,9 +22,9 @@ def require_base_model(tag: str, adapters: Sequence[Adapter], model_names: Itera
         if made_for and made_for.lower() not in engine_names:
             served = short_name(next(iter(engine_names.values()), "another"))
             raise AdapterError(
-                f"adapter {tag!r} was made for the base model {made_for[:80]!r} and this engine serves {served!r}: choose another "
-                "adapter, or, if both have the same weights, add it with check_base_model=False or correct base_model_name_or_path "
-                "in its adapter_config.json"
+                f"adapter {tag!r} was made for the base model {made_for[:80]!r} and this engine serves {served!r}: if both have "
+                "the same weights, correct base_model_name_or_path in its adapter_config.json, or add it with "
+                "check_base_model=False (--any-base-model, or the box in the page)"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -17,6 +18,16 @@ from flora.errors import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+FLOATING_POINT = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+)
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
 
@@ -26,7 +37,7 @@ def split_index(source: str | Path) -> tuple[str | Path, int | None]:
     A folder whose own name ends so is that folder.
     """
     match = re.fullmatch(r"(.+)#(\d{1,9})", str(source))
-    return (source, None) if match is None or Path(source).exists() else (match[1], int(match[2]))
+    return (source, None) if match is None or os.path.exists(source) else (match[1], int(match[2]))
 
 
 def display_name(source: str | Path) -> str:
@@ -40,9 +51,9 @@ def locate(source: str | Path) -> Path:
     name = display_name(source)
     if len(name) > 255:
         raise CheckpointError(f"adapter {name[:40]}…: there is no such folder, and no name is that long")
-    if folder.is_dir():
+    if os.path.isdir(folder):  # pathlib's raises for names that are too long and folders that may not be looked into
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise CheckpointError(f"adapter {name} is a file; give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise CheckpointError(f"adapter {name}: there is no such folder")
@@ -56,10 +67,13 @@ def locate(source: str | Path) -> Path:
 def read_config(folder: Path, name: str) -> dict:
     """What adapter_config.json says; name: what errors call the adapter."""
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"adapter {name}: {CONFIG_FILE} is missing; give a folder that PEFT's save_pretrained wrote")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = type(error).__name__
+        raise CheckpointError(f"adapter {name}: {CONFIG_FILE} cannot be read ({reason}); check who may read it") from error
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number of thousands of digits
         raise CheckpointError(f"adapter {name}: {CONFIG_FILE} is not valid JSON; save the adapter again") from error
     if not isinstance(config, dict):
@@ -85,8 +99,8 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     if not tensors:
         raise CheckpointError(f"adapter {name}: {WEIGHTS_FILE} holds no adapter weights")
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"adapter {name}: tensor {key} is {tensor.dtype}, not floating point")
+        if tensor.dtype not in FLOATING_POINT:
+            raise CheckpointError(f"adapter {name}: tensor {key} is {tensor.dtype}, not floating point of 8 to 64 bits")
         tensors[key] = tensor.float()
         if not torch.isfinite(tensors[key]).all():
             raise CheckpointError(f"adapter {name}: tensor {key} has NaN or infinite weights")

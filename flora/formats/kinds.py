@@ -16,16 +16,20 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from flora.errors import CheckpointError
+from flora.errors import CheckpointError, first_line, quoted
 
 KEY_PREFIX = "base_model.model."
 SERVED = "LoRA, IA3, HiRA and fLoRA"
+
+PEFT_ALPHA = 8
+"""PEFT's lora_alpha where a configuration says nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def _lora(checkpoint: Checkpoint) -> Meaning:
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(("pissa", "corda", "olora", "lora_ga", "loftq")):
         raise CheckpointError(
-            f"adapter {name} was trained on a base model that its start ({start}) had changed; "
+            f"adapter {name} was trained on a base model that its start ({start[:80]}) had changed; "
             "convert it to a plain LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
     _refuse_trained_biases(checkpoint)
@@ -78,7 +82,7 @@ def _lora(checkpoint: Checkpoint) -> Meaning:
     alpha_of = _alphas(config, name)
     for layer, (A, B) in _pairs(checkpoint, ".lora_A.weight", ".lora_B.weight", ignore=biases).items():
         rank = _common_rank(layer, A.shape[0], B.shape[1], name)
-        alpha = alpha_of(layer, rank)
+        alpha = alpha_of(layer)
         scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         factors[layer] = (A, B.T.contiguous() * scale)
         if config.get("lora_bias"):
@@ -126,7 +130,8 @@ def _flora(checkpoint: Checkpoint) -> Meaning:
     combine = checkpoint.config.get("combine")
     if combine not in ("sum", "mean"):
         raise CheckpointError(
-            f"adapter {checkpoint.name}: combine is {combine!r}; a fLoRA checkpoint says whether it takes the 'sum' or the 'mean'"
+            f"adapter {checkpoint.name}: combine is {quoted(combine)}; "
+            "a fLoRA checkpoint says whether it takes the 'sum' or the 'mean'"
         )
     factors: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     for layer, (A, B) in _pairs(checkpoint, ".flora_A", ".flora_B").items():
@@ -220,12 +225,12 @@ def _refuse_trained_biases(checkpoint: Checkpoint) -> None:
     bias = checkpoint.config.get("bias", "none")
     if bias != "none":
         raise CheckpointError(
-            f"adapter {checkpoint.name} trains the base model's biases (bias={bias!r}), which cannot be served per row"
+            f"adapter {checkpoint.name} trains the base model's biases (bias={quoted(bias)}), which cannot be served per row"
         )
 
 
-def _alphas(config: dict, name: str) -> Callable[[str, int], float]:
-    """(layer, rank) → PEFT's lora_alpha, or that of the first alpha_pattern whose key, a regular expression, matches the layer's
+def _alphas(config: dict, name: str) -> Callable[[str], float]:
+    """layer → PEFT's lora_alpha, or that of the first alpha_pattern whose key, a regular expression, matches the layer's
     name's end."""
     pattern = config.get("alpha_pattern") or {}
     if not isinstance(pattern, dict):
@@ -234,13 +239,15 @@ def _alphas(config: dict, name: str) -> Callable[[str, int], float]:
     for key, alpha in pattern.items():
         try:
             compiled.append((re.compile(rf"(.*\.)?({key})$"), alpha))
-        except re.error as error:
-            raise CheckpointError(f"adapter {name}: alpha_pattern {key!r} is not a regular expression ({error.msg})") from error
+        except (re.error, OverflowError, RecursionError) as error:
+            raise CheckpointError(
+                f"adapter {name}: alpha_pattern {quoted(key)} is not a regular expression ({first_line(error)})"
+            ) from error
 
-    def alpha_of(layer: str, rank: int) -> float:
-        alpha = next((value for expression, value in compiled if expression.match(layer)), config.get("lora_alpha", rank))
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise CheckpointError(f"adapter {name}: the lora_alpha of layer {layer} is {alpha!r}, not a finite number")
+    def alpha_of(layer: str) -> float:
+        alpha = next((value for expression, value in compiled if expression.match(layer)), config.get("lora_alpha", PEFT_ALPHA))
+        if not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:  # nor NaN, nor a whole number beyond
+            raise CheckpointError(f"adapter {name}: the lora_alpha of layer {layer} is {quoted(alpha)}, not a finite number")
         return alpha
 
     return alpha_of

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from flora.bank import AdapterInfo
+from flora.engine import Engine
 from flora.engine.device import apart
 from flora.errors import AdapterError, CheckpointError, RequestError, UnknownAdapterError
-from flora.formats import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, read_adapter
+from flora.formats import CONFIG_FILE, PICKLE_FILES, WEIGHTS_FILE, Adapter, read_adapter
 from profiling.dashboard.engines import Engines
 from profiling.dashboard.policy import PermissionRefused, Visitor
 from profiling.dashboard.uploads import MAX_UPLOAD_BYTES, check_config, check_header, unpack
@@ -28,12 +29,18 @@ from profiling.loading import add_checkpoint, kind_that_fits
 
 MAX_ADDED = 128  # adapters of all visitors together
 MAX_ADDED_BYTES = 1 << 30
+MAX_RANK = 128  # of what is uploaded or fetched from the hub
+MAX_SLOT_BYTES = 4 << 30  # of the device, for slots as wide as the ranks of all visitors' adapters
 MAX_OF_ONE_VISITOR = 8
 MAX_AT_ONCE = 3  # that are read and checked at once
 STAY_S = 3600.0  # how long the adapters stay of visitors that may not manage others'
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 _INDEX = re.compile(r"#\d{1,9}$")  # which one, of a checkpoint that holds several
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+Ranks = dict[tuple[str, str], int]
+"""(family, layer) → rank."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Added:
     session: str | None
     folders: tuple[Path, ...]
     size_bytes: int
+    ranks: Ranks
     until_s: float | None  # on time.monotonic; None: it stays
 
 
@@ -54,22 +62,26 @@ class AdapterDesk:
         self._folder = tempfile.TemporaryDirectory(prefix="flora-live-adapters-")
         self._added: dict[tuple[str, str], Added] = {}  # (kind, tag) →
         self._coming: dict[str, str | None] = {}  # tag → the session that adds it at this moment
+        self._ranks: dict[str, Ranks] = {}  # kind → the largest that came since its engine did: slots never shrink
         self._lock = threading.Lock()
         engines.when_replaced(self._forget_left)
 
     # --------------------------------------------------------------------------------------------------------- adding
 
-    def upload(self, visitor: Visitor, tag: str, files: Sequence[Path]) -> tuple[str, AdapterInfo]:
+    def upload(
+        self, visitor: Visitor, tag: str, files: Sequence[Path], any_base_model: bool = False
+    ) -> tuple[str, AdapterInfo]:
         """Add what was uploaded, as `uploads.unpack` takes it; the kind of model that it fits, and what it is.
 
+        any_base_model: take it whatever model it says it was made for.
         Raises PermissionRefused, RequestError, CheckpointError or AdapterError, each in one sentence without a path of ours.
         """
         visitor.require("upload")
         with self._place(visitor, tag), self._new_folder(tag, "uploaded") as folder:  # what errors and commands call it
             unpack(files, folder)
-            return self._add(visitor, tag, folder)
+            return self._add(visitor, tag, folder, any_base_model)
 
-    def from_hub(self, visitor: Visitor, tag: str, name: str) -> tuple[str, AdapterInfo]:
+    def from_hub(self, visitor: Visitor, tag: str, name: str, any_base_model: bool = False) -> tuple[str, AdapterInfo]:
         """Add a checkpoint of the hub, owner/name. It is kept with the uploads, and not in the hub's cache."""
         visitor.require("hub")
         name = (name or "").strip()
@@ -80,9 +92,9 @@ class AdapterDesk:
             _download(name, folder, token=None if "manage" in visitor.rights else False)
             check_config(folder / CONFIG_FILE)
             check_header(folder / WEIGHTS_FILE)
-            return self._add(visitor, tag, folder)
+            return self._add(visitor, tag, folder, any_base_model)
 
-    def from_folder(self, visitor: Visitor, tag: str, folder: str) -> tuple[str, AdapterInfo]:
+    def from_folder(self, visitor: Visitor, tag: str, folder: str, any_base_model: bool = False) -> tuple[str, AdapterInfo]:
         """Add a checkpoint from a folder of the server, which stays where it is."""
         visitor.require("folders")
         place = os.path.expanduser((folder or "").strip())
@@ -91,7 +103,7 @@ class AdapterDesk:
         if not os.path.isdir(place) and not os.path.isdir(_INDEX.sub("", place)):
             raise CheckpointError("there is no such folder on the server")
         with self._place(visitor, tag):
-            return self._add(visitor, tag, Path(place).absolute())
+            return self._add(visitor, tag, Path(place).absolute(), any_base_model)
 
     @contextmanager
     def _place(self, visitor: Visitor, tag: str) -> Iterator[None]:
@@ -136,8 +148,11 @@ class AdapterDesk:
         if "manage" not in visitor.rights and own >= MAX_OF_ONE_VISITOR:
             raise RequestError(f"you have added {MAX_OF_ONE_VISITOR} adapters, and that is all a visitor may: remove one first")
 
-    def _add(self, visitor: Visitor, tag: str, source: Path) -> tuple[str, AdapterInfo]:
+    def _add(self, visitor: Visitor, tag: str, source: Path, any_base_model: bool) -> tuple[str, AdapterInfo]:
         adapter = apart(partial(read_adapter, source))
+        sent = source.is_relative_to(self._folder.name)
+        if sent and adapter.rank > MAX_RANK + (adapter.peft_type == "HIRA"):  # which has one more component
+            raise AdapterError(f"adapter {tag} has rank {adapter.rank:,}, and one that is sent here may have {MAX_RANK} at most")
         kind = kind_that_fits(self.engines, adapter, tag)
         engine = self.engines[kind]
         size = adapter.num_parameters * engine.dtype.itemsize
@@ -150,20 +165,29 @@ class AdapterDesk:
             if self.engines[kind] is not engine:
                 raise RequestError(f"the {kind} model was replaced at this moment: add the adapter again")
             self._check_replaces(visitor, tag)  # a model may have brought a tag along
-            info = add_checkpoint(engine, tag, source, adapter.family)
+            ranks = _ranks(adapter) if sent else {}
+            widest = _widest([self._ranks.get(kind, {}), ranks])
+            if ranks and _slot_bytes(engine, widest) > MAX_SLOT_BYTES:
+                raise AdapterError(
+                    f"the slots of visitors' adapters may take {MAX_SLOT_BYTES >> 20} MiB of the {kind} model's device, and with "
+                    f"{tag} they would take more: give a smaller rank, or whoever runs this page adds it with --adapters"
+                )
+            info = add_checkpoint(engine, tag, source, adapter.family, any_base_model)
             self.engines.changed()
-            self._keep(visitor, kind, tag, source, info)
+            self._ranks[kind] = widest
+            self._keep(visitor, kind, tag, info, ranks)
         return kind, info
 
-    def _keep(self, visitor: Visitor, kind: str, tag: str, source: Path, info: AdapterInfo) -> None:
-        """Remember whose it is, and which of our folders it needs."""
+    def _keep(self, visitor: Visitor, kind: str, tag: str, info: AdapterInfo, ranks: Ranks) -> None:
+        """Remember whose it is, which of our folders it needs, and how wide its slot is."""
         ours = Path(self._folder.name)
         needed = {ours / Path(one).relative_to(ours).parts[0] for one in info.sources if Path(one).is_relative_to(ours)}
         until_s = None if "manage" in visitor.rights else time.monotonic() + STAY_S
         with self._lock:
             before = self._added.get((kind, tag))
             session = visitor.session if before is None else before.session
-            self._added[kind, tag] = Added(session, tuple(needed), info.size_bytes, until_s)
+            ranks = _widest([ranks, {} if before is None else before.ranks])
+            self._added[kind, tag] = Added(session, tuple(needed), info.size_bytes, ranks, until_s)
         for folder in () if before is None else set(before.folders) - needed:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -222,10 +246,31 @@ class AdapterDesk:
         for its_kind, tag in list(self._added):
             if its_kind == kind and tag not in present:
                 self._let_go(kind, tag)
+        self._ranks[kind] = _widest([added.ranks for (its_kind, _), added in self._added.items() if its_kind == kind])
 
     def close(self) -> None:
         """Remove all files. The engines keep what they hold in memory."""
         self._folder.cleanup()
+
+
+def _ranks(adapter: Adapter) -> Ranks:
+    return {(adapter.family, layer): len(B if A is None else A) for layer, (A, B) in adapter.factors.items()}
+
+
+def _widest(several: Iterable[Ranks]) -> Ranks:
+    widest: Ranks = {}
+    for ranks in several:
+        widest |= {place: max(rank, widest.get(place, 0)) for place, rank in ranks.items()}
+    return widest
+
+
+def _slot_bytes(engine: Engine, ranks: Ranks) -> int:
+    """What all slots of an engine take with room for these ranks; layers that it does not have are its own to refuse."""
+    layers = engine.bank.layers
+    numbers = sum(
+        rank * (layers[layer].in_features + layers[layer].out_features) for (_, layer), rank in ranks.items() if layer in layers
+    )
+    return (engine.bank.num_slots + 1) * numbers * engine.bank.dtype.itemsize
 
 
 def _download(name: str, folder: Path, token: bool | None) -> None:

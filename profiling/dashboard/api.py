@@ -72,15 +72,21 @@ def add_endpoints(engines: Mapping[str, Engine], device: Device, desk: AdapterDe
         return {kind: {tag: _facts(info) for tag, info in engine.adapters.items()} for kind, engine in engines.items()}
 
     def add_adapter_endpoint(
-        request: gr.Request, tag: str, files: list[dict] | None = None, hub: str | None = None, folder: str | None = None
+        request: gr.Request,
+        tag: str,
+        files: list[dict] | None = None,
+        hub: str | None = None,
+        folder: str | None = None,
+        any_base_model: bool = False,
     ) -> dict:
         """Add an adapter under a tag: it is checked, goes to the model that it fits, and is in every menu from then on.
 
         files: [handle_file("mine.zip")], or the two files adapter_config.json and adapter_model.safetensors; or, instead, hub:
         "owner/name"; or folder: one of the server's. Which of these are allowed, and for how long an adapter stays, is the
-        server's to say. Returns the model's kind ("model") and what `/adapters` says of the tag.
+        server's to say. any_base_model: take it, if it fits, also where it says that it was made for another model. Returns the
+        model's kind ("model") and what `/adapters` says of the tag.
         """
-        return _add_adapter(desk, policy.visitor(request), tag, files, hub, folder)
+        return _add_adapter(desk, policy.visitor(request), tag, files, hub, folder, any_base_model)
 
     def remove_adapter_endpoint(request: gr.Request, tag: str, model: str) -> None:
         """Remove an adapter of a model ("code" or "speech") that this client has added, or any other where that is allowed."""
@@ -117,19 +123,23 @@ def _told(endpoint: str) -> Iterator[None]:
         raise gr.Error(SERVER_ERROR, print_exception=False) from error
 
 
-def _add_adapter(desk: AdapterDesk, visitor: Visitor, tag: Any, files: Any, hub: Any, folder: Any) -> dict:
+def _add_adapter(desk: AdapterDesk, visitor: Visitor, tag: Any, files: Any, hub: Any, folder: Any, any_base_model: Any) -> dict:
     with _told("/add_adapter"):
+        if not isinstance(any_base_model, bool):
+            raise RequestError('"any_base_model" must be true or false.')
         ways = [way for way in (files, hub, folder) if way is not None]
         if len(ways) != 1:
             raise RequestError('Give one of "files", "hub" and "folder".')
         if files is not None:
             if not isinstance(files, list) or len(files) > 10:
                 raise RequestError('"files" must be a list: [handle_file("mine.zip")], or the two files of a PEFT folder.')
-            kind, info = desk.upload(visitor, tag, [_uploaded(file, CheckpointError, _UPLOAD_FILES) for file in files])
+            uploaded = [_uploaded(file, CheckpointError, _UPLOAD_FILES) for file in files]
+            kind, info = desk.upload(visitor, tag, uploaded, any_base_model)
         elif not isinstance(ways[0], str):
             raise RequestError('"hub" and "folder" must be text.')
         else:
-            kind, info = desk.from_hub(visitor, tag, hub) if hub is not None else desk.from_folder(visitor, tag, folder)
+            add = desk.from_hub if hub is not None else desk.from_folder
+            kind, info = add(visitor, tag, ways[0], any_base_model)
         return {"model": kind, **_facts(info)}
 
 

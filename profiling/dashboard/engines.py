@@ -73,7 +73,7 @@ def _take_along(old: Engine, new: Engine) -> list[str]:
     for tag, info in old.adapters.items():
         if tag not in present:
             try:
-                new.add_adapter(tag, info.sources)
+                new.add_adapter(tag, info.sources, check_base_model=not info.any_base_model)
             except AdapterError:
                 left.append(tag)
     return left

@@ -52,6 +52,7 @@ class ModelDesk:
     def load(self, visitor: Visitor, name: str | None, quantize: str, dtype: str, weights: str) -> Iterator[str]:
         """Load a model and let it serve instead of the one of its kind; yields words on how far it is, at last on how it went.
 
+        One "as started" is loaded with the command line's own quantisation, dtype and weights, whatever is chosen here.
         Raises PermissionRefused, or the FloraError that says what is wrong; the old model then goes on.
         """
         visitor.require("models")
@@ -66,7 +67,7 @@ class ModelDesk:
         given = {"quantize": None if quantize == "no" else quantize, "dtype": dtype, "weights": weights}
         if quantize != "int8":
             given["llm_int8_threshold"] = None  # the command line's is one of 8-bit weights
-        options = argparse.Namespace(**vars(self._options) | given)
+        options = argparse.Namespace(**vars(self._options) | ({} if name == "as started" else given))
         begun, outcome = threading.Event(), _Outcome()
 
         def job() -> Iterator[CompareEvent]:
@@ -141,4 +142,4 @@ class _Outcome:
         if not self.left:
             return f"{served}."
         listed = ", ".join(self.left[:10]) + (f" and {len(self.left) - 10:,} more" if len(self.left) > 10 else "")
-        return f"{served}; made for another model, and let go: {listed}."
+        return f"{served}; could not be taken along: {listed}."

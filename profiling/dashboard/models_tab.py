@@ -83,6 +83,13 @@ def build_models_tab(
                         label="tag, what requests call it", placeholder="mine", max_lines=1, elem_id="adapter-tag", interactive=True
                     )
                     add = gr.Button("Add", variant="primary", min_width=70, elem_id="adapter-add")
+                any_base = gr.Checkbox(
+                    label="made for another base model: add it anyway",
+                    value=False,
+                    container=False,
+                    elem_id="adapter-any-base",
+                    interactive=True,
+                )
                 add_status = LiveCells(
                     views.STATUS_TEMPLATE,
                     views.status("idle", "It goes to the model it fits. A tag may hold one that multiplies and one that adds."),
@@ -158,17 +165,25 @@ def build_models_tab(
         words = {"hub": "fetching and checking", "upload": "unpacking and checking"}.get(chosen or "", "reading and checking")
         return views.status("running", words), gr.Button(interactive=False)
 
-    def add_it(request: gr.Request, chosen: str | None, its_tag: str, uploaded: list[str] | None, where: str, words: str | None):
+    def add_it(
+        request: gr.Request,
+        chosen: str | None,
+        its_tag: str,
+        uploaded: list[str] | None,
+        where: str,
+        anyway: bool | None,
+        words: str | None,
+    ):
         visitor = policy.visitor(request)
         its_tag = (its_tag or "").strip()
-        kept = [gr.skip(), gr.skip(), gr.skip()]
+        kept = [gr.skip(), gr.skip(), gr.skip(), gr.skip()]
         try:
             if chosen == "upload":
-                kind, info = adapters.upload(visitor, its_tag, [Path(file) for file in uploaded or ()])
+                kind, info = adapters.upload(visitor, its_tag, [Path(file) for file in uploaded or ()], bool(anyway))
             elif chosen == "hub":
-                kind, info = adapters.from_hub(visitor, its_tag, where)
+                kind, info = adapters.from_hub(visitor, its_tag, where, bool(anyway))
             else:
-                kind, info = adapters.from_folder(visitor, its_tag, where)
+                kind, info = adapters.from_folder(visitor, its_tag, where, bool(anyway))
         except FloraError as error:
             status = views.status("failed", sentence(error))
         except Exception:  # a fault of ours: in the server's log in full, on the page one sentence without the server's insides
@@ -176,7 +191,7 @@ def build_models_tab(
             status = views.status("failed", SERVER_ERROR)
         else:
             status = views.status("done", sentence(views.added(kind, its_tag, info)))
-            kept = [None, "", ""]
+            kept = [None, "", "", False]
             _forget_uploads(uploaded)
         return [status, gr.Button(interactive=True), *kept, *look(request, words)]
 
@@ -219,8 +234,8 @@ def build_models_tab(
     wanted.change(look, wanted, parts, trigger_mode="always_last", **_QUIET)
     adding = add.click(begin, way, [add_status, add], **_QUIET).then(
         add_it,
-        [way, tag, files, place, wanted],
-        [add_status, add, files, tag, place, *parts],
+        [way, tag, files, place, any_base, wanted],
+        [add_status, add, files, tag, place, any_base, *parts],
         concurrency_id="add-adapter",
         concurrency_limit=MAX_AT_ONCE,
         **_QUEUED,

@@ -723,6 +723,7 @@ WRONG = {
         [Adapter("flora", {"first": (torch.ones(2, D), torch.ones(3, D + 2))}, None, "")],
         "layer first has rank 2 on its A side and 3 on its B side",
     ),
+    "a rank that no layer needs": ([adapter("lora", 65)], "has rank 65 on layer first, which maps 6 → 8 and takes 64 at most"),
     "no weights": ([Adapter("flora", {}, None, "")], "has no weights"),
     "transposed": ([adapter("flora", layers=("first",), shapes={"first": (D + 2, D)})], "does not fit layer first"),
 }

@@ -8,6 +8,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import peft
@@ -81,14 +82,30 @@ def test_our_lora_files_are_read_by_peft(checkpoints, tmp_path):
     shapes = tiny_models.target_layers(tiny_models.load_plain(made.model), made.layers)
     generator = torch.Generator().manual_seed(3)
     factors = {
-        layer: (torch.randn(4, d_in, generator=generator), torch.randn(4, d_out, generator=generator) * 0.3)
-        for layer, (d_in, d_out) in shapes.items()
+        layer: (torch.randn(rank, d_in, generator=generator), torch.randn(rank, d_out, generator=generator) * 0.3)
+        for rank, (layer, (d_in, d_out)) in zip(cycle((4, 3)), shapes.items(), strict=False)
     }
-    write_lora(tmp_path, factors, {"r": 4, "lora_alpha": 4, "target_modules": list(made.layers), "bias": "none"})
+    write_lora(tmp_path, factors, {"target_modules": list(made.layers), "bias": "none"})
+    for layer, (A, B) in read_adapter(tmp_path).factors.items():
+        assert torch.equal(A, factors[layer][0]) and torch.equal(B, factors[layer][1]), "the scale is not 1"
     theirs = logits(PeftModel.from_pretrained(tiny_models.load_plain(made.model), tmp_path).eval(), "llama")
     base = logits(tiny_models.load_plain(made.model), "llama")
     engine = made.engine("aa")
     engine.add_adapter("new", tmp_path)
+    assert_same_logits(served_logits(engine, "llama", "new", "bmm-lora"), theirs, base)
+
+
+def test_without_lora_alpha_the_scale_is_pefts(checkpoints, tmp_path):
+    made = checkpoints["llama"]
+    folder = tiny_models.save_peft_lora(tmp_path / "lora", made.model, made.layers, rank=2, seed=3)
+    path = folder / CONFIG_FILE
+    config = json.loads(path.read_text())
+    del config["lora_alpha"]
+    path.write_text(json.dumps(config))
+    theirs = logits(PeftModel.from_pretrained(tiny_models.load_plain(made.model), folder).eval(), "llama")
+    base = logits(tiny_models.load_plain(made.model), "llama")
+    engine = made.engine("aa")
+    engine.add_adapter("new", folder)
     assert_same_logits(served_logits(engine, "llama", "new", "bmm-lora"), theirs, base)
 
 
@@ -493,6 +510,10 @@ class TestBrokenFiles:
     def test_an_over_long_name(self, kind):
         with pytest.raises(CheckpointError, match="there is no such folder"):
             read_adapter("x" * 5000)
+        with pytest.raises(CheckpointError, match="there is no such folder"):
+            read_adapter(f"{'x' * 300}#1")
+        with pytest.raises(CheckpointError, match="there is no such folder"):
+            read_adapter(f"{'x' * 300}/a/b")
 
     def test_a_file_instead_of_a_folder(self, kind, folder):
         assert_refused(folder / CONFIG_FILE, "is a file; give the folder")
@@ -509,6 +530,13 @@ class TestBrokenFiles:
     def test_broken_json(self, kind, folder, content):
         (folder / CONFIG_FILE).write_bytes(content)
         assert_refused(folder, "adapter_config.json is not valid JSON")
+
+    def test_a_config_that_may_not_be_read(self, kind, folder, monkeypatch):
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied", str(folder / CONFIG_FILE))
+
+        monkeypatch.setattr(Path, "read_text", refuse)
+        assert_refused(folder, r"adapter_config.json cannot be read \(PermissionError\)")
 
     @pytest.mark.parametrize("content", ["[]", "3", "null", '"LORA"'])
     def test_json_that_is_no_object(self, kind, folder, content):
@@ -622,15 +650,24 @@ def test_flora_that_does_not_say_how_components_combine(folders, combine):
         ({"lora_alpha": None}, "lora_alpha of layer .* is None, not a finite number"),
         ({"lora_alpha": "16"}, "lora_alpha of layer .* is '16', not a finite number"),
         ({"lora_alpha": float("nan")}, "lora_alpha of layer .* is nan, not a finite number"),
+        ({"lora_alpha": 10**400}, "lora_alpha of layer .* is 10+.*, not a finite number"),
         ({"alpha_pattern": {"c_fc": [2]}}, r"lora_alpha of layer .*c_fc is \[2\], not a finite number"),
         ({"alpha_pattern": ["c_fc"]}, "alpha_pattern is not an object"),
         ({"alpha_pattern": {"c_fc(": 2}}, r"alpha_pattern 'c_fc\(' is not a regular expression"),
+        ({"alpha_pattern": {"x{99999999999}": 4}}, r"alpha_pattern 'x\{9+\}' is not a regular expression"),
     ],
     ids=str,
 )
 def test_lora_that_is_not_plain(folders, values, message):
     set_config(folders["lora"], **values)
     assert_refused(folders["lora"], message)
+
+
+@pytest.mark.parametrize("option", ["modules_to_save", "bias", "lora_alpha", "peft_type"])
+@pytest.mark.parametrize("value", ["x" * 1000, ["x" * 1000] * 100, [[[["x" * 50] * 6] * 6] * 6] * 6], ids=["long", "wide", "deep"])
+def test_what_is_quoted_is_short(folders, option, value):
+    set_config(folders["lora"], **{option: value})
+    assert_refused(folders["lora"], "^.{1,300}$")
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
@@ -648,7 +685,13 @@ def test_dora_made_by_peft_is_refused(checkpoints, tmp_path):
     assert_refused(folder, "uses DoRA")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_an_exotic_precision_is_refused_by_name(folders):
+    key = KEY["lora"]["A"]
+    change_tensors(folders["lora"], lambda tensors: tensors.update({key: tensors[key].view(torch.float8_e8m0fnu)}))
+    assert_refused(folders["lora"], f"tensor {key} is torch.float8_e8m0fnu, not floating point of 8 to 64 bits")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
 def test_lower_precisions_are_read(folders, dtype):
     key = KEY["lora"]["A"]
     A = load_file(folders["lora"] / WEIGHTS_FILE)[key].to(dtype)

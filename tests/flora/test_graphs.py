@@ -115,7 +115,7 @@ def test_a_replayed_step_answers_like_the_step_itself(kind, method, recording, c
     assert made[0].failure is None and made[0].num_replayed > made[0].num_captured > 0
 
 
-@pytest.mark.parametrize("method", ["loop-lora", "sgmv-lora", "merged"])
+@pytest.mark.parametrize("method", ["loop-lora", "sgmv-lora", "mixed", "merged"])
 def test_what_cannot_be_captured_runs_as_ever(method, recording, tiny_engines):
     engine, made = recording()
     requests = [request for request in code_requests(3) if request.adapter is not None]

@@ -226,6 +226,14 @@ def test_in_bfloat16_no_less_exact_than_peft(served):
     assert peft.min() > 0, "PEFT did not round: the test shows nothing"
 
 
+def test_in_float16_it_rounds_no_more_than_its_dtype(served):
+    engine = Engine.from_pretrained(served.folder, served.sources, device="cpu", dtype="float16")
+    logits = served.logits(engine, "mixed", list(range(len(served.requests))))
+    for request, own, truth in zip(served.requests, logits, served.truths, strict=True):
+        max_diff, scale = (own - truth.logits).abs().max().item(), truth.logits.abs().max().item()
+        assert 0 < max_diff < 0.02 * scale, f"{request.adapter}: max_diff {max_diff:.3g} of {scale:.3g}"
+
+
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
 def test_a_quantised_model_serves_them_together_as_one_by_one(quantize, tmp_path):
     """Its layers can only be asked for their product; in int8 what they round depends on the whole batch."""

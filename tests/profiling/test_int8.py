@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from flora import backend
 from profiling.__main__ import main
 from profiling.int8 import METHODS, measure_batch
 
@@ -18,6 +19,7 @@ def test_the_cost_is_written_by_method_rank_and_threshold(capsys, tmp_path):
     settings = {(row["llm_int8_threshold"], row["tokens"], row["rank"], row["method"]) for row in rows}
     assert settings == {(t, n, r, m) for t in (6.0, 0.0) for n in (1, 3) for r in (1, 4) for m in METHODS} and len(rows) == 16
     for row in rows:
+        assert row["implementation"] == backend.implementation("cpu") == "pytorch"
         assert 0 < row["low"] <= row["ratio"] <= row["high"] and row["bare_s"] > 0 and (row["d_in"], row["d_out"]) == (64, 96)
         assert row["rounds"] == 3 and row["hardware"]["torch"] and row["command"].startswith("python -m profiling")
     printed = capsys.readouterr()

@@ -17,12 +17,14 @@ from urllib.parse import urlsplit
 import gradio as gr
 import pytest
 import tiny_models
+import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from safetensors.torch import load_file, save_file
 
 from flora.engine import Engine, Request
 from flora.errors import AdapterError, CheckpointError, FloraError, ModelError, RequestError, UnknownAdapterError
+from flora.formats import write_flora
 from profiling.compare import compare
 from profiling.dashboard import adapters as adapters_module
 from profiling.dashboard import models_views as views
@@ -198,6 +200,37 @@ def test_an_adapter_of_another_model_is_refused_by_name(own, desk, tmp_path, mod
     assert not files_of(desk)
 
 
+def of_rank(rank: int, folder: Path) -> list[Path]:
+    """The files of a fLoRA adapter of one layer of the code model."""
+    factors = {"transformer.h.0.attn.c_proj": (torch.ones(rank, 48), torch.ones(rank, 48))}
+    write_flora(folder, factors, {"r": rank})
+    return sorted(folder.iterdir())
+
+
+def test_ranks_are_limited_as_every_slot_has_room_for_the_largest(own, desk, tmp_path, monkeypatch):
+    with pytest.raises(AdapterError, match=r"^adapter mine has rank 1,500, and one that is sent here may have 128 at most$"):
+        desk.upload(GUEST, "mine", of_rank(1500, tmp_path / "1500"))
+    with pytest.raises(AdapterError, match=r"has rank 100 on layer transformer.h.0.attn.c_proj, .* takes 64 at most"):
+        desk.upload(GUEST, "mine", of_rank(100, tmp_path / "100"))
+    assert not files_of(desk) and not desk._ranks.get("code")
+
+    slots = own["code"].bank.num_slots + 1
+    monkeypatch.setattr(adapters_module, "MAX_SLOT_BYTES", slots * 4 * (48 + 48) * own["code"].bank.dtype.itemsize)
+    for tag, rank in (("four", 4), ("three", 3)):  # they share the room
+        desk.upload(GUEST, tag, of_rank(rank, tmp_path / tag))
+    five = of_rank(5, tmp_path / "five")
+    with pytest.raises(AdapterError, match="slots of visitors' adapters may take .* and with five they would take more"):
+        desk.upload(GUEST, "five", five)
+    desk.remove(GUEST, "code", "four")  # its slots stay as wide as they were
+    with pytest.raises(AdapterError, match="with five they would take more"):
+        desk.upload(GUEST, "five", five)
+    assert desk._ranks["code"] == {("flora", "transformer.h.0.attn.c_proj"): 4}
+    model = Engine.from_pretrained(own["code"].model.name_or_path)
+    own.replace(model)  # its stacks are made anew, for those that came along
+    assert desk._ranks["code"] == {("flora", "transformer.h.0.attn.c_proj"): 3}
+    desk.from_folder(OWNER, "five", str(tmp_path / "five"))
+
+
 def test_from_a_folder_and_the_folder_stays(own, desk, model_folders, tmp_path):
     folder = model_folders["code"][1]["rb"][0]
     kind, info = desk.from_folder(OWNER, "mine", f" {folder} ")
@@ -309,6 +342,23 @@ def test_adapters_of_a_command_line_go_where_they_fit(own, model_folders):
             add_where_it_fits(own, [entry])
 
 
+def test_an_adapter_of_another_base_model_is_taken_where_one_says_so(own, desk, model_folders, tmp_path):
+    shutil.copytree(model_folders["code"][1]["rb"][0], tmp_path / "mine")
+    path = tmp_path / "mine" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "some/other"}))
+    files = sorted((tmp_path / "mine").iterdir())
+    with pytest.raises(AdapterError, match="made for the base model 'other'.*--any-base-model, or the box in the page"):
+        desk.upload(GUEST, "mine", files)
+    with pytest.raises(AdapterError, match="made for the base model 'other'"):
+        add_where_it_fits(own, [f"line={tmp_path / 'mine'}"])
+    _, info = desk.upload(GUEST, "mine", files, any_base_model=True)
+    add_where_it_fits(own, [f"line={tmp_path / 'mine'}"], any_base_model=True)
+    desk.upload(GUEST, "mine", sorted(model_folders["code"][1]["rb"][1].iterdir()))  # beside it, and it stays
+    assert info.any_base_model and len(own["code"].adapters["mine"].families) == 2
+    assert own.replace(Engine.from_pretrained(own["code"].model.name_or_path)) == []
+    assert {"mine", "line"} <= {tag for tag, info in own["code"].adapters.items() if info.any_base_model}
+
+
 # --------------------------------------------------------------------------------------------------------------- models
 
 
@@ -320,7 +370,8 @@ def options(model_folders):
         f"{kind}_adapters": [f"started={adapters['rb' if kind == 'code' else 'lt'][0]}"]
         for kind, (_, adapters) in model_folders.items()
     }
-    return argparse.Namespace(**given, device="cpu", dtype="auto", quantize=None, weights="pretrained", llm_int8_threshold=6.0)
+    weights = {"quantize": None, "weights": "pretrained", "llm_int8_threshold": None, "any_base_model": False}
+    return argparse.Namespace(**given, device="cpu", dtype="auto", **weights)
 
 
 @pytest.fixture
@@ -333,12 +384,13 @@ def device():
 def test_another_model_serves_and_nothing_of_the_old_one_is_left(own, device, options, model_folders, desk, packed):
     desk.upload(GUEST, "mine", packed("code", "rb"))
     old = weakref.ref(own["code"])
+    options.dtype = "bfloat16"
     model_desk, number = ModelDesk(own, device, options), own.number
-    words = list(model_desk.load(OWNER, "as started:code", "no", "bfloat16", "pretrained"))
+    words = list(model_desk.load(OWNER, "as started:code", "nf4", "float32", "random"))  # which are not as it was started
     assert words[-1].endswith("is the code model now, for everybody, with 3 adapters.")
     gc.collect()
     assert old() is None, "the old engine's memory is given back"
-    assert str(own["code"].dtype) == "torch.bfloat16" and own.number > number
+    assert str(own["code"].dtype) == "torch.bfloat16" and own["code"].quantize is None and own.number > number
     assert set(own["code"].adapters) == {"started", "lua", "mine"} and desk.may_remove(GUEST, "code", "mine")
     assert own["code"].generate([Request("x", adapter="mine", max_new_tokens=2)])[0].token_ids
     desk.remove(GUEST, "code", "mine")
@@ -347,8 +399,9 @@ def test_another_model_serves_and_nothing_of_the_old_one_is_left(own, device, op
 def test_adapters_that_do_not_fit_the_new_model_are_named_and_let_go(own, device, options, desk, packed, tmp_path):
     other = tiny_models.save_llama_model(tmp_path / "llama")
     desk.upload(GUEST, "mine", packed("code", "rb"))
+    options.quantize, options.llm_int8_threshold = "int8", 0.0  # of which the new one has nothing
     words = list(ModelDesk(own, device, options).load(OWNER, str(other), "no", "auto", "pretrained"))
-    assert words[-1].startswith("llama is the code model now") and "let go: lua, mine." in words[-1]
+    assert words[-1].startswith("llama is the code model now") and words[-1].endswith("; could not be taken along: lua, mine.")
     assert not own["code"].adapters and not files_of(desk) and str(tmp_path) not in " ".join(words)
 
 
@@ -525,6 +578,19 @@ def test_a_program_adds_uses_and_removes_an_adapter(served, packed):
     assert "mine" not in other.predict(api_name="/adapters")["code"]
 
 
+def test_a_program_says_that_another_base_model_is_right(served, model_folders, tmp_path):
+    url, engines = served
+    shutil.copytree(model_folders["code"][1]["rb"][0], tmp_path / "mine")
+    path = tmp_path / "mine" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "some/other"}))
+    client, files = Client(url, verbose=False), [handle_file(str(path)) for path in (tmp_path / "mine").iterdir()]
+    with pytest.raises(AppError, match="made for the base model 'other'"):
+        client.predict("mine", files, api_name="/add_adapter")
+    added = client.predict("mine", files, any_base_model=True, api_name="/add_adapter")
+    assert added["base_models"] == ["some/other"] and engines["code"].adapters["mine"].any_base_model
+    client.predict("mine", "code", api_name="/remove_adapter")
+
+
 def test_uploads_are_limited_one_by_one_and_together(served, monkeypatch, tmp_path):
     url = f"{served[0]}gradio_api/upload"
 
@@ -554,6 +620,7 @@ def test_uploads_are_limited_one_by_one_and_together(served, monkeypatch, tmp_pa
         ({"files": []}, "nothing was uploaded"), ({"files": [7]}, "uploaded files"), ({"files": "x"}, "list"),
         ({"files": [{"path": "/etc/passwd"}]}, "uploaded files"), ({"hub": "a/b", "folder": "/"}, "one of"),
         ({"files": [{"path": "/etc/passwd", "meta": {"_type": "x"}}]}, "uploaded files"),
+        ({"hub": "a/b", "any_base_model": "yes"}, "true or false"),
         ({"tag": "<b>", "files": []}, "a tag has"), ({"tag": "lua", "files": []}, "not yours"),
     ],
 )  # fmt: skip
