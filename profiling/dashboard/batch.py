@@ -181,7 +181,9 @@ class BatchEditor:
             self.add[kind].click(self._adder(kind), [self.shown, *(slot.adapter for slot in slots)], outputs, **quiet)
             for i, slot in enumerate(slots):
                 slot.remove.click(self._remover(kind, i), self.shown, [self.shown, slot.row, slot.content], **quiet)
-        self.menu.input(self._choose, [self.menu, self.shown], self._every, **quiet)
+        # Not `input`, which tells a choice twice, so that "add" would add twice, nor `select`, which tells none made by keyboard.
+        # "multiple": what is chosen while the last choice is being answered is not lost.
+        self.menu.change(self._choose, [self.menu, self.shown], self._every, trigger_mode="multiple", **quiet)
 
     def _adder(self, kind: str):
         def add(shown: dict, *adapters: str):
@@ -207,6 +209,8 @@ class BatchEditor:
         return remove
 
     def _choose(self, choice: str | None, shown: dict):
+        if choice == _MENU:  # put back by the answer to a choice, or by a visitor
+            return [gr.skip()] * len(self._every)
         rows = self._examples().get(choice or "", [])
         adds = (choice or "").startswith("add")
         wanted: dict[str, dict[int, dict]] = {kind: {} for kind in self.slots}
@@ -244,7 +248,7 @@ class BatchEditor:
         def update(values: Sequence[Any], opened: bool) -> list[Any]:
             shown, *chosen = values
             examples = self._examples()
-            # A menu whose entries were set anew tells each choice twice: only where they are others.
+            # Where its entries are the same it is left alone: somebody may be choosing.
             menu = gr.skip() if list(examples) == self.offered else gr.Dropdown(choices=[_MENU, *examples], value=_MENU)
             if opened and examples[_READY] != self.ready:
                 shown, _, *updates = self._choose(_READY, shown)

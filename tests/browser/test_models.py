@@ -8,7 +8,7 @@ import pytest
 from gradio_client import Client
 
 from browser.conftest import ROOT
-from browser.test_page import choose, clear_batch, outputs, press_run, scrolls_sideways, wait_until_ended
+from browser.test_page import choose, clear_batch, entries, outputs, press_run, scrolls_sideways, wait_until_ended
 
 ADAPTER = ROOT / "assets" / "adapters" / "code" / "lua" / "flora"
 STATE = "#adapter-status .status.done, #adapter-status .status.failed"
@@ -78,10 +78,9 @@ def test_an_adapter_comes_is_used_and_goes(open_page, app_url, packed, screensho
     for row in (0, 1):
         other.locator("#add-code").click()
         other.locator(f"#code-row-{row} textarea").fill("local function total(xs)\n")
-        other.locator(f"#code-row-{row} .adapter-menu input").click()
-        other.locator("li[role=option]:visible", has_text=tag).wait_for()
-        choose_tag = other.locator("li[role=option]:visible").filter(has_text=tag if row == 0 else "lua · Lua")
-        choose_tag.first.click()
+        offered = entries(other, f"#code-row-{row} .adapter-menu")
+        offered.filter(has_text=tag).wait_for()
+        offered.filter(has_text=tag if row == 0 else "lua · Lua").click()
     choose(other, "#right-method", "base")
     other.locator("#max-new-tokens input").fill("24")
     press_run(other)
@@ -97,8 +96,7 @@ def test_an_adapter_comes_is_used_and_goes(open_page, app_url, packed, screensho
     remove.click()
     page.locator("#adapters .nothing").wait_for()
     assert tag not in Client(app_url, verbose=False).predict(api_name="/adapters")["code"]
-    other.locator("#code-row-0 .adapter-menu input").click()
-    other.locator("li[role=option]:visible", has_text=f"{tag} · not here").wait_for()
+    entries(other, "#code-row-0 .adapter-menu").filter(has_text=f"{tag} · not here").wait_for()
 
 
 def test_another_model_for_everybody(open_page, screenshot):

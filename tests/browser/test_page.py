@@ -55,8 +55,14 @@ def choose(page, field: str, label: str) -> None:
     """Open a menu and take the entry that begins with `label`."""
     if field == "#examples":  # the answer to the last choice puts the menu back, and must not do so to this one
         page.wait_for_function("document.querySelector('#examples input').value === 'examples'")
-    page.locator(f"{field} input").click()
-    page.locator("li[role=option]:visible").filter(has_text=re.compile(rf"^\W*{re.escape(label)}")).first.click()
+    entries(page, field).filter(has_text=re.compile(rf"^\W*{re.escape(label)}")).first.click()
+
+
+def entries(page, field: str):
+    """Open a menu; the entries of its own list, for that of another menu may still be fading out."""
+    box = page.locator(f"{field} input")
+    box.click()
+    return page.locator(f"#{box.get_attribute('aria-controls')} li[role=option]")
 
 
 def figure(page, name: str) -> str:
@@ -373,3 +379,7 @@ def test_examples_fill_and_add(open_page):
     choose(page, "#examples", "ready batch")
     page.locator("#code-row-3").wait_for()
     assert page.locator(".request-row:visible").count() == 8
+    choose(page, "#examples", "add prompt: lua")
+    page.locator("#code-row-4").wait_for()
+    page.wait_for_timeout(500)
+    assert page.locator(".request-row:visible").count() == 9, "one row for one choice"
