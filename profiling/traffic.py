@@ -381,7 +381,7 @@ class Traffic:
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_requests <= MAX_REQUESTS:
-            raise RequestError(f"there must be from 1 to {MAX_REQUESTS:,} requests, not {self.num_requests:,}")
+            raise RequestError(f"there must be at least 1 request and at most {MAX_REQUESTS:,}, not {self.num_requests:,}")
         if not self.rate > 0:
             raise RequestError(f"the rate must be a number of requests a second above 0, or inf, not {self.rate:g}")
         if not self.burstiness > 0:

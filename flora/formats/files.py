@@ -94,7 +94,9 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         # Tensor by tensor, safetensors 0.8 keeps some bytes of each for ever; all at once, they come in another order each time.
         tensors = dict(sorted(load(path.read_bytes()).items()))
-    except (SafetensorError, KeyError, OSError) as error:  # KeyError: a dtype that this PyTorch has not
+    except KeyError as error:
+        raise CheckpointError(f"adapter {name}: {WEIGHTS_FILE} holds {error.args[0]}, not floating point of 8 to 64 bits") from error
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"adapter {name}: {WEIGHTS_FILE} is truncated or not a safetensors file; save it again") from error
     if not tensors:
         raise CheckpointError(f"adapter {name}: {WEIGHTS_FILE} holds no adapter weights")
