@@ -50,7 +50,7 @@ SETTLE_S = 60.0
 WARM_SHARE = 0.4
 """Of the run, at its start: caches and allocators grow to what the traffic needs, and memory is compared from then on."""
 
-MEMORY_GROWTH = 0.05
+MEMORY_GROWTH = 0.1
 """By how much of itself memory may grow from then to the end: allocators, and a queue that was never as long before."""
 
 MAX_WAITING = 64

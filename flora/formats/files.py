@@ -95,7 +95,8 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         # Tensor by tensor, safetensors 0.8 keeps some bytes of each for ever; all at once, they come in another order each time.
         tensors = dict(sorted(load(path.read_bytes()).items()))
     except KeyError as error:
-        raise CheckpointError(f"adapter {name}: {WEIGHTS_FILE} holds {error.args[0]}, not floating point of 8 to 64 bits") from error
+        precision = error.args[0]
+        raise CheckpointError(f"adapter {name}: {WEIGHTS_FILE} holds {precision}, not floating point of 8 to 64 bits") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"adapter {name}: {WEIGHTS_FILE} is truncated or not a safetensors file; save it again") from error
     if not tensors:
