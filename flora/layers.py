@@ -6,7 +6,7 @@ on the bank for that forward: the method, and for this layer the factors and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -31,7 +31,6 @@ class LayerPlan:
     merged_weight: Tensor | None = None  # (d_out, d_in), method `merged` only: the whole batch has one adapter
     bias: Tensor | None = None  # where an adapter changes the layer's own: (d_out,), or (n, 1, d_out) where rows differ
     added: ops.AddedRows | None = None  # method `mixed` only: the rows whose adapters add
-    one_token: Callable[[Tensor], Tensor] | None = None  # what the layer does at a decode step, once it has worked that out
 
 
 class Serving(Protocol):
@@ -84,15 +83,10 @@ class AdaptedLinear(nn.Module):
         plan = None if serving is None else serving.plan(self.name)
         if plan is None:
             return self.base(x)
-        if plan.one_token is not None and x.shape[1] == 1:
-            return plan.one_token(x)
         bias = self.bias if plan.bias is None else plan.bias
         if bias is not None and bias.ndim > 1:
             return self._serve(x, serving.method, plan, None) + bias
-        y = self._serve(x, serving.method, plan, bias)
-        if x.shape[1] == 1:
-            plan.one_token = self._for_one_token(serving.method, plan, bias)
-        return y
+        return self._serve(x, serving.method, plan, bias)
 
     def _serve(self, x: Tensor, method: str, plan: LayerPlan, bias: Tensor | None) -> Tensor:
         if plan.merged_weight is not None:
@@ -113,14 +107,6 @@ class AdaptedLinear(nn.Module):
                 _ = self.weight  # says what the method needs
             return around(partial(product_of, self.base), x, plan.A, plan.B, plan.routing, bias, **more)
         return ops.function_of(method)(x, self.weight, plan.A, plan.B, plan.routing.slots, bias, plan.routing, **more)
-
-    def _for_one_token(self, method: str, plan: LayerPlan, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-        """What decode steps of this batch call instead of `_serve`, once that has checked them; None where nothing is gained."""
-        if plan.merged_weight is not None:
-            return partial(linear, weight=plan.merged_weight, bias=bias)
-        if self.is_black_box or self._kernel(method, 1, plan.routing) is not None:
-            return None
-        return ops.for_one_token(method, self.weight, plan.A, plan.B, plan.routing, bias)
 
     def _kernel(self, method: str, length: int, routing: Routing) -> str | None:
         """Which kernel serves rows of `length` tokens here, or None for PyTorch's own products, which alone have gradients."""

@@ -226,14 +226,9 @@ def _add_bmm(x: Tensor, y: Tensor, A: Tensor, B: Tensor, routing: Routing) -> Te
         a = routing.gather("A", A, group.rank, group.slots)  # (n_group, rank, d_in)
         b = routing.gather("B", B, group.rank, group.slots)  # (n_group, rank, d_out)
         if group.rows is None:
-            return _add_products(y, x, a, b)
+            return torch.baddbmm(y, torch.bmm(x, a.transpose(1, 2)), b)
         y.index_add_(0, group.rows, torch.bmm(torch.bmm(rows, a.transpose(1, 2)), b))  # y is ours: fresh from the product
     return y
-
-
-def _add_products(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """y (n, l, d_out) plus each row's two products: x (n, l, d_in), a (n, rank, d_in), b (n, rank, d_out)."""
-    return torch.baddbmm(y, torch.bmm(x, a.transpose(1, 2)), b)
 
 
 def loop_lora_around(
@@ -359,28 +354,6 @@ _AROUND: dict[str, Callable[..., Tensor]] = {
     "sgmv-lora": sgmv_lora_around,
     "mixed": mixed_around,
 }
-
-
-def for_one_token(
-    method: str, weight: Tensor, A: Tensor, B: Tensor, routing: Routing, bias: Tensor | None
-) -> Callable[[Tensor], Tensor] | None:
-    """`method` for rows of one token, x (n, 1, d_in) → (n, 1, d_out), with all that a layer's steps share worked out before them.
-
-    A step of a small model has some twenty layers of some 100 µs each: what is looked up anew in each of them adds up to a tenth of
-    it. None where `routing` keeps nothing (`Routing.for_one_layer`), ranks differ, or the method is none of those that gain.
-    """
-    rank = routing.uniform_rank
-    if not routing.keeps or not rank:
-        return None
-    if method == "flora":
-        method = routing.cheaper_form(1, weight.element_size(), weight.device.type)
-    if method not in ("flora-expand", "bmm-lora"):
-        return None
-    a = routing.gather("A", A, rank, routing.slots)  # (n, rank, d_in)
-    b = routing.gather("B", B, rank, routing.slots)  # (n, rank, d_out)
-    if method == "flora-expand":
-        return partial(_expand_one_token, partial(linear, weight=weight), a, b, bias)
-    return lambda x: _add_products(linear(x, weight, bias), x, a, b)
 
 
 def function_of(method: str) -> Callable[..., Tensor]:

@@ -113,11 +113,6 @@ class Routing:
         """The same routing, for many steps of one layer whose factors do not change: what is gathered in the first step is kept."""
         return replace(self, _kept={})
 
-    @property
-    def keeps(self) -> bool:
-        """Whether what is gathered is kept, as `for_one_layer` says."""
-        return self._kept is not None
-
     def gather(self, side: str, factors: Tensor, rank: int, slots: Tensor) -> Tensor:
         """Each row's first `rank` components: factors (slots, r, d), the side "A" or "B", and slots (n,) → (n, rank, d)."""
         if self._kept is None:

@@ -8,10 +8,14 @@ allocated in a step: rows and positions are reserved when a request is admitted,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+
+Padding = Literal["none", "positions", "rows and positions"]
+"""What steps that decode are padded in. On a CPU, rows that nobody asked for cost as much as the others."""
 
 POSITIONS_AT_ONCE = 64
 """Positions are reserved in multiples of this."""
@@ -123,12 +127,12 @@ def _rounded(num_positions: int) -> int:
 class RowCache(Cache):
     """All layers' `RowLayer`s.
 
-    max_rows, max_positions: what may be reserved at most. static_shapes: decoding is padded to few shapes, see `step_shape`.
+    max_rows, max_positions: what may be reserved at most. padding: of decoding, see `step_shape`.
     """
 
-    def __init__(self, num_layers: int, max_rows: int, max_positions: int, static_shapes: bool = False) -> None:
+    def __init__(self, num_layers: int, max_rows: int, max_positions: int, padding: Padding = "none") -> None:
         self.window = Window()
-        self.max_rows, self.max_positions, self.static_shapes = max_rows, max_positions, static_shapes
+        self.max_rows, self.max_positions, self.padding = max_rows, max_positions, padding
         super().__init__(layers=[RowLayer(self.window) for _ in range(num_layers)])
 
     def reserve(self, num_rows: int, num_positions: int) -> None:
@@ -147,12 +151,14 @@ class RowCache(Cache):
     def step_shape(self, first_row: int, num_rows: int, width: int) -> tuple[int, int]:
         """Rows and positions of a step that decodes `num_rows` rows and looks at `width` positions.
 
-        With static shapes the rows are a power of two and the positions a multiple of 64, or all there are: a graph of each such
-        shape can be captured once and replayed. What the spare rows compute is written to `spare_position`.
+        Padded positions are a multiple of 64, or all there are, padded rows a power of two: each such shape can be captured once
+        and replayed. What the spare rows compute is written to `spare_position`.
         """
-        if not self.static_shapes:
+        if self.padding == "none":
             return num_rows, width
-        rows = min(1 << (num_rows - 1).bit_length(), self.window.num_rows - first_row)
+        rows = num_rows
+        if self.padding == "rows and positions":
+            rows = min(1 << (num_rows - 1).bit_length(), self.window.num_rows - first_row)
         return rows, min(_rounded(width), self.window.num_positions)
 
     @property
@@ -276,8 +282,8 @@ class CrossLayer(CacheLayerMixin):
 class SpeechCache(EncoderDecoderCache):
     """A `RowCache` of what the decoder wrote, and beside it what it looks up of each clip."""
 
-    def __init__(self, num_layers: int, max_rows: int, max_positions: int, static_shapes: bool = False) -> None:
-        self.own = RowCache(num_layers, max_rows, max_positions, static_shapes)
+    def __init__(self, num_layers: int, max_rows: int, max_positions: int, padding: Padding = "none") -> None:
+        self.own = RowCache(num_layers, max_rows, max_positions, padding)
         super().__init__(self.own, Cache(layers=[CrossLayer(self.own.window) for _ in range(num_layers)]))
 
     def reserve(self, num_rows: int, num_positions: int) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flora.bank import IDENTITY_SLOT, AdapterBank, BatchServing
+from flora.engine.cache import Padding
 from flora.engine.graphs import Capture, DecodeGraphs
 from flora.engine.request import Completion, Event, FailEvent, FinishEvent, Request, TokenEvent
 from flora.engine.runner import EncodedRequest, PromptPiece, Runner
@@ -102,8 +103,8 @@ class Counts:
 class Core:
     """Serves requests with one method. Everything but `add` happens on the thread that steps it.
 
-    max_rows: requests that run at once. max_batch_tokens: of one step. counts: where it notes what it has done. static_shapes: pad
-    steps that decode to few shapes. capture: replay those shapes as graphs, captured by this.
+    max_rows: requests that run at once. max_batch_tokens: of one step. counts: where it notes what it has done. padding: of steps
+    that decode, to fewer shapes. capture: replay those shapes, captured by this.
     """
 
     def __init__(
@@ -115,12 +116,12 @@ class Core:
         max_rows: int,
         max_batch_tokens: int,
         counts: Counts,
-        static_shapes: bool = False,
+        padding: Padding = "none",
         capture: Capture | None = None,
     ) -> None:
         self.runner, self.bank, self.vocabulary, self.method, self.counts = runner, bank, vocabulary, method, counts
         self.scheduler: Scheduler[Row] = Scheduler(max_rows, max_batch_tokens)
-        self.cache = runner.new_cache(max_rows, static_shapes)
+        self.cache = runner.new_cache(max_rows, padding)
         self.graphs = None if capture is None else DecodeGraphs(runner, capture)
         self._decode_serving: BatchServing | None = None  # of the rows that decode; None once one has come or gone
         self._merged_serving: BatchServing | None = None  # method `merged`: of the one adapter that is being served
@@ -178,6 +179,8 @@ class Core:
             self._decode_serving = None
             if not self.scheduler.num_running:
                 self._merged_serving = None
+                if self.graphs is not None:
+                    self.graphs.forget_batches()
         if row.slot is not None:
             self.bank.unpin(row.slot)
             row.slot = None

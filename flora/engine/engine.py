@@ -23,6 +23,7 @@ from flora.engine.core import Core, Counts, Row
 from flora.engine.device import TurnLock, apart, compute_on, turns_on
 from flora.engine.generation import BatchGeneration, Generation, SequentialGeneration
 from flora.engine.graphs import Capture, CudaCapture
+from flora.engine.recording import RecordedCapture
 from flora.engine.request import Completion, Event, FailEvent, FinishEvent, Request
 from flora.engine.runner import EncodedRequest, make_runner
 from flora.engine.scheduler import group_by_adapter
@@ -84,8 +85,9 @@ class Engine:
     the device. max_batch_size: requests that run at once. adapter_slots: adapters on the device at once. host_adapter_bytes: of
     adapters kept in memory besides; the rest is read from disk when it is wanted. max_waiting: requests that may stand in line.
     max_batch_tokens: decoded and prompt tokens of one step; longer prompts are read in pieces. static_shapes: whether steps that
-    decode are padded to few shapes, so that CUDA graphs can capture them; by default on a GPU. cuda_graphs: whether they are; by
-    default where they can be.
+    decode are padded to few shapes of rows and positions; by default on a GPU. capture_steps: whether they are captured, and then
+    replayed without the model's Python: as CUDA graphs on a GPU, which needs static_shapes, as recorded calls on a CPU; by default
+    where they can be.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Engine:
         max_waiting: int = 256,
         max_batch_tokens: int = 2048,
         static_shapes: bool | None = None,
-        cuda_graphs: bool | None = None,
+        capture_steps: bool | None = None,
     ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("adapter_slots", adapter_slots), ("max_waiting", max_waiting)):
             if value < 1:
@@ -112,10 +114,10 @@ class Engine:
         self.device, self.dtype = loaded.model.device, loaded.model.dtype
         self.max_batch_size, self.max_batch_tokens = max_batch_size, max_batch_tokens
         self.static_shapes = self.device.type == "cuda" if static_shapes is None else static_shapes
-        can_capture = self.device.type == "cuda" and self.static_shapes
-        if cuda_graphs and not can_capture:
-            raise RequestError("CUDA graphs need a GPU and static_shapes")
-        self.cuda_graphs = can_capture if cuda_graphs is None else cuda_graphs
+        can_capture = self.device.type == "cpu" or (self.device.type == "cuda" and self.static_shapes)
+        if capture_steps and not can_capture:
+            raise RequestError("steps are captured on a CPU, or with static_shapes on a GPU that knows CUDA graphs")
+        self.capture_steps = can_capture if capture_steps is None else capture_steps
         holder = ServingHolder()
         layers = inject(loaded.model, holder, skip=(loaded.model.get_output_embeddings(),))
         for layer in layers.values():
@@ -148,7 +150,7 @@ class Engine:
 
         quantize: "int8" or "nf4". weights: "random" for true shapes without any download. llm_int8_threshold: of 8-bit weights, see
         docs/int8.md; None: 6.0. check_base_model: as in `add_adapter`. serving: adapter_slots, host_adapter_bytes, max_waiting,
-        max_batch_tokens, static_shapes and cuda_graphs, as the class explains them.
+        max_batch_tokens, static_shapes and capture_steps, as the class explains them.
         Raises ModelError, AdapterError or CheckpointError, each naming what is wrong.
         """
         load = partial(load_model, name, device, dtype, quantize, weights, llm_int8_threshold=llm_int8_threshold)
@@ -158,12 +160,15 @@ class Engine:
         return engine
 
     def _make_core(self, method: str, max_rows: int, max_batch_tokens: int) -> Core:
-        settings = (method, max_rows, max_batch_tokens, self._counts, self.static_shapes)
+        padding = "rows and positions" if self.static_shapes else "positions" if self.capture_steps else "none"
+        settings = (method, max_rows, max_batch_tokens, self._counts, padding)
         return Core(self.runner, self.bank, self._vocabulary, *settings, self._new_capture())
 
     def _new_capture(self) -> Capture | None:
         """What captures a core's decode steps, where they are captured."""
-        return CudaCapture(self.device) if self.cuda_graphs else None
+        if not self.capture_steps:
+            return None
+        return CudaCapture(self.device) if self.device.type == "cuda" else RecordedCapture()
 
     @property
     def implementation(self) -> str:

@@ -1,9 +1,13 @@
-"""CUDA graphs of the decode step: what a step launches is recorded once for each of its shapes, and replayed by one call.
+"""The decode step captured once for each of its shapes and replayed by one call: a CUDA graph on a GPU, recorded calls on a CPU.
 
-A step of a large model is some thousand small launches; recorded, they cost the host nothing. A graph reads and writes the tensors
+A step of a large model is some thousand small launches; captured, they cost the host nothing. A graph reads and writes the tensors
 that it was captured with, so what changes from step to step has places of its own, which are filled before each replay: tokens,
-positions and targets, and the numbers that tell which adapter serves which row. All else must lie where it lay: the cache, the
-bank's factors. Where one of these has moved, every graph is forgotten, and the next steps are captured anew.
+positions and targets, and, with another batch, the numbers that tell which adapter serves which row. All else must lie where it
+lay: the cache, the bank's factors. Where one of these has moved, every graph is forgotten, and the next steps are captured anew.
+
+What was captured on the host follows from more than shapes as far as Python worked out more than shapes. So it has to prove itself:
+its first replay stands beside the step as ever, and must give the same logits to the last bit. In return it may take what the rows
+of one batch alone are known by, for as long as that batch lasts.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
+from typing import Protocol
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -28,18 +33,49 @@ logger = logging.getLogger(__name__)
 MAX_GRAPHS = 64
 """Graphs that are kept, the least recently used forgotten first. They share their memory, but each takes some of its own."""
 
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""Takes a function, and returns what repeats the work that it gave the device, and the tensor that it returned."""
+class Captured(Protocol):
+    """Work that can be repeated."""
+
+    def replay(self) -> Tensor:
+        """Repeat it; what the captured function returned, good until the next replay."""
+
+    def forget_batch(self) -> None:
+        """The tensors that change with the batch hold other values from now on."""
+
+
+class Capture(Protocol):
+    """Captures the work of a function. RuntimeError where it cannot be captured."""
+
+    on_host: bool  # what is captured are calls from the host, with all that Python worked out for them
+    first_steps: int  # of a shape that run as ever, before it pays to capture one
+
+    def __call__(self, function: Callable[[], Tensor], of_batch: Sequence[Tensor]) -> Captured:
+        """of_batch: the tensors whose values change with the batch alone."""
+
+
+@dataclass(frozen=True)
+class _CudaGraph:
+    graph: torch.cuda.CUDAGraph
+    output: Tensor
+
+    def replay(self) -> Tensor:
+        self.graph.replay()
+        return self.output
+
+    def forget_batch(self) -> None:
+        """It does everything anew with each replay."""
 
 
 class CudaCapture:
     """A `Capture` in CUDA graphs, whose memory is one pool: only one of them runs at a time."""
 
+    on_host, first_steps = False, 1
+
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._pool: tuple[int, int] | None = None
 
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, function: Callable[[], Tensor], of_batch: Sequence[Tensor] = ()) -> Captured:
         # What the libraries set up at a first call must not be captured: the function runs once before, on the same stream.
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
@@ -51,7 +87,7 @@ class CudaCapture:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             output = function()
         self._pool = graph.pool()
-        return graph.replay, output
+        return _CudaGraph(graph, output)
 
 
 @dataclass(frozen=True)
@@ -62,6 +98,8 @@ class _Needs:
     addresses: tuple[int, ...]  # of tensors that a graph reads where they are
     numbers: tuple[Tensor, ...]  # each different one, in the layers' order: what is copied before a replay
     biases: tuple[Tensor, ...]  # likewise
+    factors: tuple[Tensor, ...] = ()  # that change with the batch, where they are
+    of_one_batch: bool = False  # the layout is that of one batch alone
 
 
 class StaticServing:
@@ -89,6 +127,7 @@ def needs_of(serving: Serving, layers: dict[str, AdaptedLinear]) -> _Needs | Non
     addresses: list[int] = []
     numbers: dict[int, Tensor] = {}  # by address, each once
     biases: list[Tensor] = []
+    factors: list[Tensor] = []
     for name, layer in layers.items():
         plan = serving.plan(name)
         if plan is None:
@@ -108,7 +147,15 @@ def needs_of(serving: Serving, layers: dict[str, AdaptedLinear]) -> _Needs | Non
         # Layers that share their numbers in one batch must share them in the next.
         layout.append((own_layout, list(numbers).index(own_numbers.data_ptr()), shape_of_bias))
         addresses += (plan.A.data_ptr(), plan.B.data_ptr(), plan.A.shape[1])
-    return _Needs(tuple(layout), tuple(addresses), tuple(numbers.values()), tuple(biases))
+        factors += (plan.A, plan.B)
+    return _Needs(tuple(layout), tuple(addresses), tuple(numbers.values()), tuple(biases), tuple(factors))
+
+
+def needs_of_one_batch(serving: Serving, layers: dict[str, AdaptedLinear]) -> _Needs | None:
+    """What is captured of this batch alone, with all that it has; None where a layer's product may wait for the device."""
+    if any(layer.is_black_box for layer in layers.values()):
+        return None
+    return _Needs((serving.method, object()), (), (), (), of_one_batch=True)
 
 
 class _Graph:
@@ -123,31 +170,41 @@ class _Graph:
         cache: RowCache | SpeechCache,
         first_row: int,
         serving: BatchServing,
+        needs: _Needs,
     ) -> None:
-        layers = runner.bank.layers
         self.inputs = inputs.clone()
-        self.serving = StaticServing(serving, layers)
-        self.needs = needs_of(self.serving, layers)
-        self.replay, self.logits = capture(lambda: runner.read_tokens(self.inputs, width, cache, first_row, self.serving))
+        self.needs, static = needs, serving
+        if not needs.of_one_batch:
+            static = StaticServing(serving, runner.bank.layers)
+            self.needs = needs_of(static, runner.bank.layers)
+        of_batch = (*self.needs.numbers, *self.needs.biases, *self.needs.factors)
+        self.captured = capture(lambda: runner.read_tokens(self.inputs, width, cache, first_row, static), of_batch)
+        self.is_proven = not capture.on_host
+        self._batch: ReferenceType[BatchServing] = ref(serving)
 
-    def fill(self, inputs: Tensor, needs: _Needs) -> None:
-        """Copy a step's inputs and its batch's numbers to where the graph reads them."""
+    def replay(self, inputs: Tensor, serving: BatchServing, needs: _Needs) -> Tensor:
+        """The step for these inputs and this batch, which are copied to where the graph reads them."""
         self.inputs.copy_(inputs)
-        for place, new in zip((*self.needs.numbers, *self.needs.biases), (*needs.numbers, *needs.biases), strict=True):
-            place.copy_(new)
+        if self._batch() is not serving:
+            for place, new in zip((*self.needs.numbers, *self.needs.biases), (*needs.numbers, *needs.biases), strict=True):
+                place.copy_(new)
+            self._batch = ref(serving)
+            self.captured.forget_batch()
+        return self.captured.replay()
 
 
 class DecodeGraphs:
-    """`Runner.decode` by replay, for one cache. A shape's first step runs as ever, its second is captured, later ones are replayed.
+    """`Runner.decode` by replay, for one cache. A shape's first steps run as ever, then one is captured, later ones are replayed.
 
-    capture: what captures; `CudaCapture` on a GPU. Logits are good until the next step. Batches that cannot be captured run as
-    ever. Where capturing fails, that is logged, `failure` says why, and all steps run as ever from then on.
+    capture: what captures; `CudaCapture` on a GPU, `RecordedCapture` on a CPU. Logits are good until the next step. Batches that
+    cannot be captured run as ever. Where capturing fails, that is logged, `failure` says why, and all steps run as ever from then
+    on.
     """
 
     def __init__(self, runner: Runner, capture: Capture) -> None:
         self._runner, self._capture = runner, capture
         self._addresses: tuple[int, ...] = ()  # of the cache
-        self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()  # None: its first step has run
+        self._graphs: OrderedDict[Hashable, _Graph | int] = OrderedDict()  # an int: steps that ran as ever so far
         self._needs: WeakKeyDictionary[BatchServing, _Needs | None] = WeakKeyDictionary()
         self.num_captured = self.num_replayed = 0
         self.failure: str | None = None
@@ -167,32 +224,52 @@ class DecodeGraphs:
         inputs, width = token_inputs(tokens, positions, cache, first_row, self._runner.device)
         key = (first_row, inputs.shape[1], width, needs.layout)
         graph = self._find(key, cache, needs)
-        if graph is None and key in self._graphs:
-            graph = self._captured(key, inputs, width, cache, first_row, serving)
-        if graph is None:
-            self._graphs.setdefault(key, None)
-            return self._runner.read_tokens(inputs, width, cache, first_row, serving)[: len(tokens)]
-        graph.fill(inputs, needs)
-        graph.replay()
-        self.num_replayed += 1
-        return graph.logits[: len(tokens)]
+        is_new = graph == self._capture.first_steps
+        if is_new:
+            graph = self._captured(key, inputs, width, cache, first_row, serving, needs)
+        if isinstance(graph, _Graph) and (is_new or graph.is_proven):
+            logits = graph.replay(inputs, serving, needs)
+            self._keep(key, graph)
+            self.num_replayed += 1
+            return logits[: len(tokens)]
+        logits = self._runner.read_tokens(inputs, width, cache, first_row, serving)
+        if isinstance(graph, _Graph):
+            self._prove(graph, logits, graph.replay(inputs, serving, needs))
+        elif graph is not None:
+            self._keep(key, graph + 1)
+        return logits[: len(tokens)]
+
+    def forget_batches(self) -> None:
+        """Let go what was captured of one batch alone, and with it all that the batch had."""
+        for key in [key for key, graph in self._graphs.items() if isinstance(graph, _Graph) and graph.needs.of_one_batch]:
+            del self._graphs[key]
 
     def _needs_of(self, serving: BatchServing) -> _Needs | None:
         if serving not in self._needs:
-            self._needs[serving] = needs_of(serving, self._runner.bank.layers)
+            layers = self._runner.bank.layers
+            needs = needs_of(serving, layers)
+            if needs is None and self._capture.on_host:
+                self.forget_batches()
+                needs = needs_of_one_batch(serving, layers)
+            self._needs[serving] = needs
         return self._needs[serving]
 
-    def _find(self, key: Hashable, cache: RowCache | SpeechCache, needs: _Needs) -> _Graph | None:
-        """The graph of a shape, if all that it reads is still where it was."""
+    def _find(self, key: Hashable, cache: RowCache | SpeechCache, needs: _Needs) -> _Graph | int:
+        """The graph of a shape, if all that it reads is still where it was; else how many of its steps have run."""
         addresses = cache.addresses
-        graph = self._graphs.get(key)
-        if addresses != self._addresses or (graph is not None and graph.needs.addresses != needs.addresses):
+        graph = self._graphs.get(key, 0)
+        if addresses != self._addresses or (isinstance(graph, _Graph) and graph.needs.addresses != needs.addresses):
             self._graphs.clear()
             self._addresses = addresses
-            return None
-        if graph is not None:
-            self._graphs.move_to_end(key)
+            return 0
         return graph
+
+    def _keep(self, key: Hashable, graph: _Graph | int) -> None:
+        """As the one that was used last."""
+        self._graphs[key] = graph
+        self._graphs.move_to_end(key)
+        if len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
 
     def _captured(
         self,
@@ -202,19 +279,24 @@ class DecodeGraphs:
         cache: RowCache | SpeechCache,
         first_row: int,
         serving: BatchServing,
+        needs: _Needs,
     ) -> _Graph | None:
         try:
-            graph = _Graph(self._capture, self._runner, inputs, width, cache, first_row, serving)
-        except (
-            RuntimeError
-        ) as error:  # what PyTorch raises where a step cannot be captured; the step itself is sound: it runs as ever
-            self.failure = f"{type(error).__name__}: {error}"
-            self._graphs.clear()
-            logger.warning("the decode step could not be captured in a CUDA graph: it runs without, more slowly", exc_info=error)
+            graph = _Graph(self._capture, self._runner, inputs, width, cache, first_row, serving, needs)
+        except RuntimeError as error:  # what PyTorch and recordings raise; the step itself is sound: it runs as ever
+            self._give_up(f"{type(error).__name__}: {error}", error)
             return None
-        self._graphs[key] = graph
-        self._graphs.move_to_end(key)
-        if len(self._graphs) > MAX_GRAPHS:
-            self._graphs.popitem(last=False)
         self.num_captured += 1
         return graph
+
+    def _prove(self, graph: _Graph, expected: Tensor, replayed: Tensor) -> None:
+        """Take a graph into use that gives, for another step than its own, what the step gives."""
+        graph.is_proven = torch.allclose(replayed, expected, rtol=0.0, atol=0.0, equal_nan=True)
+        if not graph.is_proven:
+            difference = (replayed - expected).abs().max().item()
+            self._give_up(f"a replayed step's logits differ from the step's own by {difference:.3g}")
+
+    def _give_up(self, why: str, error: RuntimeError | None = None) -> None:
+        self.failure = why
+        self._graphs.clear()
+        logger.warning("the decode step could not be captured (%s): it runs as it is, more slowly", why, exc_info=error)

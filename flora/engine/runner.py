@@ -6,6 +6,7 @@ bank for the forward.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from flora.bank import AdapterBank, BatchServing
-from flora.engine.cache import RowCache, SpeechCache, prompt_mask, token_mask
+from flora.engine.cache import Padding, RowCache, SpeechCache, prompt_mask, token_mask
 from flora.engine.device import apart
 from flora.engine.request import Request
 from flora.errors import AudioError, ModelError, RequestError
@@ -63,7 +65,7 @@ class Runner(Protocol):
     def cost(self, encoded: EncodedRequest) -> int:
         """Positions that the model computes to read the prompt, the encoder's among them."""
 
-    def new_cache(self, max_rows: int, static_shapes: bool = False) -> RowCache | SpeechCache:
+    def new_cache(self, max_rows: int, padding: Padding = "none") -> RowCache | SpeechCache:
         """An empty cache for up to `max_rows` running requests; memory is taken as it is reserved."""
 
     def prefill(
@@ -114,6 +116,11 @@ def token_inputs(
     return torch.tensor(([*tokens, *spare], [*positions, *spare], targets), device=device), width
 
 
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What a model's forward calls its cache: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _sliding_window(config: Any) -> int | None:
     """Positions that a token can look back, for a model that limits them."""
     return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -131,6 +138,7 @@ class CodeRunner:
         # Within a sliding window, attention is the full one; beyond it the mask of a batch would have to know the window.
         self.context_length = min(config.max_position_embeddings, _sliding_window(config) or config.max_position_embeddings)
         self.num_layers = config.num_hidden_layers
+        self._cache_argument = _cache_argument(loaded.model)
 
     def encode(self, request: Request) -> EncodedRequest:
         if request.prompt is None:
@@ -154,8 +162,8 @@ class CodeRunner:
     def cost(self, encoded: EncodedRequest) -> int:
         return len(encoded.prompt_ids)
 
-    def new_cache(self, max_rows: int, static_shapes: bool = False) -> RowCache:
-        return RowCache(self.num_layers, max_rows, self.context_length, static_shapes)
+    def new_cache(self, max_rows: int, padding: Padding = "none") -> RowCache:
+        return RowCache(self.num_layers, max_rows, self.context_length, padding)
 
     def prefill(self, pieces: Sequence[PromptPiece], cache: RowCache, first_row: int, serving: BatchServing) -> Tensor:
         ids = _right_padded([piece.ids for piece in pieces], self.device)  # (n, l)
@@ -169,7 +177,7 @@ class CodeRunner:
                 input_ids=ids,
                 attention_mask=prompt_mask(starts, ids.shape[1], cache.window.width, self.device),
                 position_ids=positions.clamp_max(self.context_length - 1),  # padding may stand behind the context's end
-                past_key_values=cache,
+                **{self._cache_argument: cache},
                 use_cache=True,
                 logits_to_keep=kept,
             )
@@ -189,7 +197,7 @@ class CodeRunner:
                 input_ids=ids[:, None],
                 attention_mask=token_mask(places, width, self.dtype),
                 position_ids=places[:, None],
-                past_key_values=cache,
+                **{self._cache_argument: cache},
                 use_cache=True,
             )
         return output.logits[:, 0]
@@ -222,6 +230,7 @@ class SpeechRunner:
         self.context_length = config.max_target_positions
         self.num_layers, self.num_frames, self.width = config.decoder_layers, config.max_source_positions, config.d_model
         self.window_s = config.max_source_positions * 2 * self.extractor.hop_length / self.extractor.sampling_rate
+        self._cache_argument = _cache_argument(loaded.model)
         self._start = _StartTokens(loaded.model.generation_config, config)
 
     def encode(self, request: Request) -> EncodedRequest:
@@ -265,15 +274,15 @@ class SpeechRunner:
             decoder_input_ids=ids,
             decoder_attention_mask=mask,
             decoder_position_ids=positions,
-            past_key_values=cache,
+            **{self._cache_argument: cache},
             use_cache=cache is not None,
         ).logits
 
     def cost(self, encoded: EncodedRequest) -> int:
         return self.num_frames + len(encoded.prompt_ids)
 
-    def new_cache(self, max_rows: int, static_shapes: bool = False) -> SpeechCache:
-        return SpeechCache(self.num_layers, max_rows, self.context_length, static_shapes)
+    def new_cache(self, max_rows: int, padding: Padding = "none") -> SpeechCache:
+        return SpeechCache(self.num_layers, max_rows, self.context_length, padding)
 
     def prefill(self, pieces: Sequence[PromptPiece], cache: SpeechCache, first_row: int, serving: BatchServing) -> Tensor:
         with self.bank.serve(serving):

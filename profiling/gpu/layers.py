@@ -202,7 +202,6 @@ def _captured(call: Callable[[], Tensor], device: torch.device) -> tuple[Callabl
     if device.type != "cuda":
         return call, "eager"
     try:
-        replay, _ = CudaCapture(device)(call)
+        return CudaCapture(device)(call).replay, "graph"
     except RuntimeError:  # what waits for the device cannot be captured; the row says that it was not
         return call, "eager"
-    return replay, "graph"

@@ -143,7 +143,7 @@ class _Measured:
             adapter_slots=size.batch,
             max_waiting=4 * max(size.requests, BATCH),
             static_shapes=job.graphs,
-            cuda_graphs=job.graphs and on_gpu,
+            capture_steps=job.graphs and on_gpu,
         )
         self.loading_s = time.perf_counter() - started
         try:
@@ -174,7 +174,7 @@ class _Measured:
             "quantize": self.job.quantize,
             "implementation": engine.implementation,
             "static_shapes": engine.static_shapes,
-            "cuda_graphs": engine.cuda_graphs,
+            "cuda_graphs": engine.capture_steps,
             "rank": rank,
             "batch": engine.max_batch_size,
             "popularity": "distinct",

@@ -33,7 +33,7 @@ def make(checkpoints, request):
     made = []
 
     def make(kind: str, **options) -> Engine:
-        made.append(checkpoints[kind].engine(static_shapes=request.param, **options))
+        made.append(checkpoints[kind].engine(static_shapes=request.param, capture_steps=False, **options))
         return made[-1]
 
     yield make
@@ -331,7 +331,7 @@ def test_static_shapes_are_few_and_change_no_token(kind, checkpoints, clips, tin
 
 def test_what_a_failed_forward_held_is_gone_before_its_halves_are_tried(checkpoints, monkeypatch):
     """Where memory ran out, the halves need what the whole had taken: the error, and all that its frames hold, must not live on."""
-    engine = checkpoints["code"].engine()
+    engine = checkpoints["code"].engine(capture_steps=False)
     decode, held = engine.runner.decode, []
 
     class Activations:

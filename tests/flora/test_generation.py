@@ -82,7 +82,7 @@ class ScriptedRunner:
     def cost(self, encoded: EncodedRequest) -> int:
         return 1
 
-    def new_cache(self, max_rows: int, static_shapes: bool = False) -> ScriptedCache:
+    def new_cache(self, max_rows: int, padding: str = "none") -> ScriptedCache:
         return ScriptedCache()
 
     def _logits(self, rows: list[int], places: list[int]) -> torch.Tensor:
@@ -108,7 +108,7 @@ def scripted(checkpoints):
     """scripts → an engine whose model says them."""
 
     def make(*scripts: Sequence[int], **options) -> Engine:
-        engine = checkpoints["code"].engine("aa")
+        engine = checkpoints["code"].engine("aa", capture_steps=False)
         engine.runner = ScriptedRunner(scripts, **options)
         return engine
 
@@ -292,7 +292,7 @@ def test_phase_of_a_merged_batch_whose_first_group_is_cancelled(tiny_engines):
 
 @pytest.mark.parametrize("how", ["stream closed", "generation closed", "generation forgotten", "forward fails"])
 def test_a_batch_given_up_gives_its_slots_back(checkpoints, how, monkeypatch):
-    engine = checkpoints["code"].engine()
+    engine = checkpoints["code"].engine(capture_steps=False)
     if how == "stream closed":
         stream = engine.stream(batch(max_new_tokens=40))
         next(stream)
@@ -327,7 +327,7 @@ def test_a_refused_request_pins_nothing(tiny_engines):
 
 def test_finished_rows_are_dropped_from_the_forward(checkpoints, monkeypatch):
     """Only rows that still run are computed, over no more positions than they have."""
-    engine = checkpoints["code"].engine()
+    engine = checkpoints["code"].engine(capture_steps=False)
     shapes, decode = [], engine.runner.decode
 
     def watched(tokens, positions, cache, first_row, serving):

@@ -1,6 +1,6 @@
 """The decode step as a graph: what is recorded once answers like the step itself, and nothing stale is ever replayed.
 
-There is no CUDA graph on a CPU. `record` is as strict as one: it notes the operations on tensors as they run, and repeats those
+There is no CUDA graph on a CPU. `AsStrictAsCuda` is as strict as one: it notes the operations on tensors as they run, and repeats those
 alone, on the same tensors, into the same results. No line of the model's Python runs again.
 """
 
@@ -18,7 +18,6 @@ from flora import Engine, Request, backend, ops
 from flora.engine import graphs
 from flora.engine.graphs import DecodeGraphs, StaticServing, needs_of
 from flora.engine.runner import PromptPiece
-from flora.errors import RequestError
 from flora.layers import AdaptedLinear, LayerPlan, ServingHolder
 
 
@@ -39,22 +38,37 @@ def tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def record(function):
-    """A `Capture`. What it returns repeats the work; the first time it has not been done yet, as with a CUDA graph."""
-    with Recorder() as recorder:
-        output = function()
+@dataclass
+class Record:
+    """What repeats the work; the first time it has not been done yet, as with a CUDA graph."""
+
+    calls: list
+    output: torch.Tensor
 
     @torch.inference_mode()
-    def replay() -> None:
-        for operation, args, kwargs, old in recorder.calls:
+    def replay(self) -> torch.Tensor:
+        for operation, args, kwargs, old in self.calls:
             homes = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
             new = operation(*args, **kwargs)
             for was, now in zip(tensors(old), tensors(new), strict=True):
                 if was.untyped_storage().data_ptr() not in homes:  # else it is a view, or what was written in place
                     was.copy_(now)
+        return self.output
 
-    output.fill_(torch.nan)  # until it is replayed
-    return replay, output
+    def forget_batch(self) -> None:
+        """All is done anew."""
+
+
+class AsStrictAsCuda:
+    """A `Capture`."""
+
+    on_host, first_steps = False, 1
+
+    def __call__(self, function, of_batch=()) -> Record:
+        with Recorder() as recorder:
+            output = function()
+        output.fill_(torch.nan)  # until it is replayed
+        return Record(recorder.calls, output)
 
 
 @pytest.fixture
@@ -71,7 +85,7 @@ def recording(checkpoints, monkeypatch):
             made.append(core.graphs)
             return core
 
-        monkeypatch.setattr(engine, "_new_capture", lambda: record)
+        monkeypatch.setattr(engine, "_new_capture", AsStrictAsCuda)
         monkeypatch.setattr(engine, "_make_core", noting)
         engines.append(engine)
         return engine, made
@@ -139,7 +153,7 @@ def test_the_kernels_are_captured_and_take_other_batches_of_their_shape(method, 
     with torch.inference_mode():
         static = StaticServing(serving([1, 0, 2, 3]), layers)
         layers["mlp"].holder.current = static
-        replay, y = record(lambda: layers["mlp"](x))
+        captured = AsStrictAsCuda()(lambda: layers["mlp"](x))
         own = needs_of(static, layers)
         for slots in ([3, 2, 0, 1], [0, 3, 1, 2]):
             other = serving(slots)
@@ -147,7 +161,7 @@ def test_the_kernels_are_captured_and_take_other_batches_of_their_shape(method, 
             assert needs.layout == own.layout and needs.addresses == own.addresses
             for place, new in zip(own.numbers, needs.numbers, strict=True):
                 place.copy_(new)
-            replay()
+            y = captured.replay()
             layers["mlp"].holder.current = other
             max_diff = (y - layers["mlp"](x)).abs().max().item()
             assert max_diff < 1e-6, f"max_diff {max_diff:.3g}"
@@ -263,10 +277,11 @@ def test_a_bank_that_has_grown_is_captured_anew(recording, checkpoints):
 def test_a_step_that_cannot_be_captured_is_told_of_and_runs(recording, caplog):
     steps = Steps(recording()[0], ["aa", None])
 
-    def fail(function):
-        raise RuntimeError("operation not permitted when stream is capturing")
+    class Fails(AsStrictAsCuda):
+        def __call__(self, function, of_batch=()):
+            raise RuntimeError("operation not permitted when stream is capturing")
 
-    steps.graphs._capture = fail
+    steps.graphs._capture = Fails()
     assert [steps.step() for _ in range(4)] == ["ran"] * 4
     assert "not permitted" in steps.graphs.failure
     assert len(caplog.records) == 1 and "could not be captured" in caplog.text
@@ -297,13 +312,6 @@ def test_a_bias_that_an_adapter_changes_is_copied_too(recording):
         steps.serving = engine.bank.arrange(slots, "bmm-lora")
         seen = [steps.step() for _ in range(3)]
     assert seen == ["replayed"] * 3
-
-
-def test_graphs_are_for_gpus(checkpoints):
-    engine = checkpoints["code"].engine(static_shapes=True)
-    assert not engine.cuda_graphs and engine._new_capture() is None and engine.implementation == "pytorch"
-    with pytest.raises(RequestError, match="CUDA graphs need a GPU"):
-        checkpoints["code"].engine(static_shapes=True, cuda_graphs=True)
 
 
 def test_layouts_say_all_that_is_not_in_the_numbers():

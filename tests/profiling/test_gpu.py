@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -354,7 +355,7 @@ def test_what_cannot_be_captured_is_launched_and_says_so(monkeypatch):
         def take(function):
             if function is waits:
                 raise RuntimeError("operation not permitted when stream is capturing")
-            return (lambda: "replayed"), None
+            return SimpleNamespace(replay=lambda: "replayed")
 
         return take
 
