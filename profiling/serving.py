@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import torch
@@ -28,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from flora.corpus.code import example_prompts
 from flora.engine import Engine, Request
 from flora.engine.device import compute_on
+from flora.engine.graphs import Capture, Captured
 from flora.errors import RequestError
 from flora.random_adapters import STRENGTH
 from profiling import hardware, report, workload
@@ -207,34 +209,45 @@ def beside_peft_hira(num_new_tokens: int, rounds: int, tell: Progress) -> Iterat
 # ----------------------------------------------------------------------------------------------------------- own time
 
 
+class _TimedCapture:
+    """Another `Capture`, whose replays are noted: when each began, and how long it took, in seconds."""
+
+    def __init__(self, capture: Capture) -> None:
+        self.on_host, self.first_steps, self._capture = capture.on_host, capture.first_steps, capture
+        self.begun: list[float] = []
+        self.spent: list[float] = []
+
+    def __call__(self, *arguments) -> Captured:
+        captured = self._capture(*arguments)
+        return SimpleNamespace(replay=partial(self._replay, captured), forget_batch=captured.forget_batch)
+
+    def _replay(self, captured: Captured) -> torch.Tensor:
+        self.begun.append(time.perf_counter())
+        output = captured.replay()
+        self.spent.append(time.perf_counter() - self.begun[-1])
+        return output
+
+
 def own_time(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[Figure]:
-    """The engine's share of a decode step at batch 16, everything but the model's forward, measured on its own thread."""
+    """The engine's share of a decode step at batch 16, everything but the model's captured calls, measured on its own thread."""
     tags = sorted(path.name for path in ADAPTERS.iterdir())
     requests = _requests([tags[place % len(tags)] for place in range(BATCH)], num_new_tokens)
     engine = code_engine(tags)
-    begun: list[float] = []
-    spent: list[float] = []
-    hooks = (
-        engine.model.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter())),
-        engine.model.register_forward_hook(lambda *_: spent.append(time.perf_counter() - begun[-1])),
-    )
-    try:
-        for method in METHODS:
+    timed = _TimedCapture(engine.new_capture())
+    engine.new_capture = lambda: timed
+    for method in METHODS:
+        engine.generate(requests, method)  # captures the steps, which are replayed from then on
+        shares = []
+        for round_number in range(rounds):
+            timed.begun.clear(), timed.spent.clear()
             engine.generate(requests, method)
-            shares = []
-            for round_number in range(rounds):
-                begun.clear(), spent.clear()
-                engine.generate(requests, method)
-                # A step is from one forward's beginning to the next one's; the prefill's and the last one are left out.
-                steps = zip(begun[1:-1], begun[2:], spent[1:-1], strict=True)
-                shares += [1 - forward / (end - begin) for begin, end, forward in steps]
-                tell(f"{method}, round {round_number + 1} of {rounds}")
-            what = f"{method}: the engine's own share of a decode step, batch {BATCH}"
-            yield Figure("overhead", what, median(shares), None, None, len(shares), 0.15, at_most=True, unit="%")
-    finally:
-        for hook in hooks:
-            hook.remove()
-        engine.close()
+            # A step is from one replay's beginning to the next one's.
+            steps = zip(timed.begun, timed.begun[1:], timed.spent, strict=False)
+            shares += [1 - forward / (end - begin) for begin, end, forward in steps]
+            tell(f"{method}, round {round_number + 1} of {rounds}")
+        what = f"{method}: the engine's own share of a decode step, batch {BATCH}"
+        yield Figure("overhead", what, median(shares), None, None, len(shares), 0.15, at_most=True, unit="%")
+    engine.close()
 
 
 # ------------------------------------------------------------------------------------------------------------- merged

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -118,6 +118,8 @@ class Engine:
         if capture_steps and not can_capture:
             raise RequestError("steps are captured on a CPU, or with static_shapes on a GPU that knows CUDA graphs")
         self.capture_steps = can_capture if capture_steps is None else capture_steps
+        on_gpu = self.device.type == "cuda"
+        self.new_capture: Callable[[], Capture] = partial(CudaCapture, self.device) if on_gpu else RecordedCapture
         holder = ServingHolder()
         layers = inject(loaded.model, holder, skip=(loaded.model.get_output_embeddings(),))
         for layer in layers.values():
@@ -162,13 +164,7 @@ class Engine:
     def _make_core(self, method: str, max_rows: int, max_batch_tokens: int) -> Core:
         padding = "rows and positions" if self.static_shapes else "positions" if self.capture_steps else "none"
         settings = (method, max_rows, max_batch_tokens, self._counts, padding)
-        return Core(self.runner, self.bank, self._vocabulary, *settings, self._new_capture())
-
-    def _new_capture(self) -> Capture | None:
-        """What captures a core's decode steps, where they are captured."""
-        if not self.capture_steps:
-            return None
-        return CudaCapture(self.device) if self.device.type == "cuda" else RecordedCapture()
+        return Core(self.runner, self.bank, self._vocabulary, *settings, self.new_capture() if self.capture_steps else None)
 
     @property
     def implementation(self) -> str:

@@ -224,7 +224,7 @@ class DecodeGraphs:
         inputs, width = token_inputs(tokens, positions, cache, first_row, self._runner.device)
         key = (first_row, inputs.shape[1], width, needs.layout)
         graph = self._find(key, cache, needs)
-        is_new = graph == self._capture.first_steps
+        is_new = isinstance(graph, int) and graph >= (0 if self._lasts(key) else self._capture.first_steps)
         if is_new:
             graph = self._captured(key, inputs, width, cache, first_row, serving, needs)
         if isinstance(graph, _Graph) and (is_new or graph.is_proven):
@@ -238,6 +238,12 @@ class DecodeGraphs:
         elif graph is not None:
             self._keep(key, graph + 1)
         return logits[: len(tokens)]
+
+    def _lasts(self, key: tuple[int, int, int, Hashable]) -> bool:
+        """Whether the rows of this step were captured already, when they looked at fewer positions: they will be there for long."""
+        first_row, rows, _, layout = key
+        captured = [key for key, graph in self._graphs.items() if isinstance(graph, _Graph)]
+        return (first_row, rows, layout) in [(one[0], one[1], one[3]) for one in captured]
 
     def forget_batches(self) -> None:
         """Let go what was captured of one batch alone, and with it all that the batch had."""

@@ -20,11 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from flora.bank import KEPT_BYTES
 
-_TELLS_A_SHAPE = frozenset(
-    ("__get__", "size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "is_contiguous", "is_floating_point", "__len__")
-)
-"""Methods that answer by a tensor's shape and type alone, `__get__` that of properties such as `shape`. Any other that answers with no
-tensor has read its values."""
+_SHAPE_METHODS = ("size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "is_contiguous", "is_floating_point")
+_TELLS_A_SHAPE = {"__get__", "__len__", *_SHAPE_METHODS}
+"""What answers by a tensor's shape and type alone; `__get__` is that of properties. Any other that answers with no tensor has read
+its values."""
 
 _WRITES_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 _WRITES_IN_PLACE |= {"__setitem__"}
@@ -49,9 +48,9 @@ class _Call:
         self.given = _tensors((args, kwargs))
         self.made = [one for one in _tensors(result) if not any(one is given for given in self.given)]
         if self.made and not isinstance(result, Tensor) and not all(one is None or isinstance(one, Tensor) for one in result):
-            raise RuntimeError(f"{function.__name__} returns tensors in a form that is not recorded")
+            raise RuntimeError(f"{_name(function)} returns tensors in a form that is not recorded")
         self.written: list[Tensor] = []
-        name = function.__name__
+        name = _name(function)
         if (name.endswith("_") and not name.endswith("__")) or name in _WRITES_IN_PLACE or kwargs.get("inplace"):
             self.written = self.given[:1]
         elif "out" in kwargs:
@@ -67,14 +66,18 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.__name__ in _TELLS_A_SHAPE and not isinstance(result, Tensor):
+        if _name(function) in _TELLS_A_SHAPE and not isinstance(result, Tensor):
             return result
         call = _Call(function, args, kwargs or {}, result)
         if call.made or call.written:
             self.calls.append(call)
         elif call.given and not _tensors(result):
-            raise RuntimeError(f"{function.__name__} reads a tensor's values into Python, and what comes after may depend on them")
+            raise RuntimeError(f"{_name(function)} reads a tensor's values into Python, and what comes after may depend on them")
         return result
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 class Recording:

@@ -35,7 +35,8 @@ KEPT_DEADLINES = 64
 """How many deadlines of requests that have ended are kept, besides as many again as there are requests, before they are dropped."""
 
 IDLE_S = 10.0
-"""How long the thread waits for work before it ends, and keeps its engine no longer; the next request starts another."""
+"""How long the thread waits for work before it ends, and keeps its engine no longer; the next request starts another. As long as
+that a method that nobody asks for keeps its cache, and the steps that were captured with it."""
 
 EXIT_S = 5.0
 """How long the end of the interpreter waits for the thread."""
@@ -164,6 +165,7 @@ class Server:
         self._thread: threading.Thread | None = None
         # What follows belongs to the thread.
         self._cores: dict[str, Core] = {}
+        self._used_s: dict[str, float] = {}  # method → when its core last had a request, of time.perf_counter
         self._tickets: dict[Row, Ticket] = {}
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._order = itertools.count()
@@ -268,6 +270,7 @@ class Server:
         with self._news:
             if not self._news.wait_for(self._has_work, IDLE_S):
                 self._thread = None
+                self._cores.clear()
                 return False
             cancelled = list(self._cancelled)
             self._cancelled.clear()
@@ -279,9 +282,19 @@ class Server:
             self._end(cancelled, overdue, closing_s)
         if self._tickets and not self._step():
             self._bank.wait_until_ready(WAIT_FOR_ADAPTERS_S)
-        if not self._tickets:
-            self._cores.clear()  # and with them their caches
-        return bool(self._tickets) or closing_s is None
+        self._drop_idle_cores()
+        if self._tickets or closing_s is None:
+            return True
+        self._cores.clear()
+        return False
+
+    def _drop_idle_cores(self) -> None:
+        now = time.perf_counter()
+        for method, core in list(self._cores.items()):
+            if core.busy:
+                self._used_s[method] = now
+            elif now - self._used_s[method] > IDLE_S:
+                del self._cores[method]
 
     def _has_work(self) -> bool:
         return bool(self._arrived or self._cancelled or self._tickets or self._closing_s is not None)
@@ -301,6 +314,7 @@ class Server:
             self._tickets[ticket._row] = ticket
             if ticket.method not in self._cores:
                 self._cores[ticket.method] = self._make_core(ticket.method)
+            self._used_s[ticket.method] = time.perf_counter()
             self._cores[ticket.method].add(ticket._row)
 
     def _end(self, cancelled: list[Ticket], overdue: list[Ticket], closing_s: float | None) -> None:
