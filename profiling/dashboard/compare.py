@@ -23,7 +23,7 @@ from profiling import report, workload
 from profiling.compare import compare
 from profiling.comparison import ComparisonResult
 from profiling.dashboard.batch import BatchEditor
-from profiling.dashboard.device import MAX_IN_LINE, SERVER_ERROR, Device, StopSignals
+from profiling.dashboard.device import MAX_IN_LINE, SERVER_ERROR, Device, StopSignals, in_line
 from profiling.dashboard.live_cells import LiveCells, cells_value
 from profiling.dashboard.live_plot import LivePlot
 from profiling.dashboard.menus import Follower
@@ -217,7 +217,7 @@ def _run(engines: Mapping[str, Engine], device: Device, stopped: threading.Event
                 yield views(running=False)
                 return
             results.state = "waiting"
-            results.words = f"in line for the device, {ahead} {'run' if ahead == 1 else 'runs'} ahead"
+            results.words = in_line(ahead)
             yield views(running=True)
             time.sleep(UPDATE_S)
         while not under_way.done:

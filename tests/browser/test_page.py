@@ -349,7 +349,7 @@ def test_a_second_visitor_waits_in_line(open_page):
     wait_until_decoding(first)
     second.locator("#max-new-tokens input").fill("3")
     press_run(second)
-    second.locator("#status .words", has_text="1 run ahead").wait_for()
+    second.locator("#status .words", has_text="1 ahead of you").wait_for()
     first.locator("#stop").click()
     assert wait_until_ended(first) == "stopped"
     assert wait_until_ended(second) == "done"
