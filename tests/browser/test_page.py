@@ -161,9 +161,9 @@ def test_one_click_shows_everything(open_page, screenshot, tmp_path, theme, widt
     assert not scrolls_sideways(page)
     screenshot(page, f"done-{theme}-{other_width}")
 
-    for name, button in (("jsonl", "#download-jsonl"), ("csv", "#download-csv"), ("html", "#download-report")):
+    for name in ("jsonl", "csv", "md", "html"):
         with page.expect_download() as download:
-            page.locator(button).click()
+            page.locator(f"#compare-download-{name}").click()
         file = tmp_path / f"comparison.{name}"
         download.value.save_as(file)
         assert download.value.suggested_filename.endswith(name)
