@@ -25,6 +25,8 @@ COMMANDS = {
 }
 """Sub-command → the module whose `run(options)` does it, imported once it is asked for."""
 
+REPORT_HELP = "write a report; the suffix says which: .html, a page that needs nothing else, .md, .csv or .jsonl"
+
 
 class _Parser(argparse.ArgumentParser):
     """Bad input: one line, exit 2."""
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seed", type=int, default=0, metavar="N")
     _add_machine(compare)
     compare.add_argument("--json", metavar="FILE", help="write a JSONL row per method and kind")
-    compare.add_argument("--report", metavar="FILE", help="write a report; the suffix says which: .html, .md or .csv")
+    compare.add_argument("--report", metavar="FILE", help=REPORT_HELP)
     _add_load(commands)
     _add_sweep(commands)
     _add_forms(commands)
@@ -163,7 +165,7 @@ def _add_load(commands: argparse._SubParsersAction) -> None:
     output.add_argument("--json", metavar="FILE", help="write a JSONL row per method and kind; - for standard output")
     output.add_argument("--csv", metavar="FILE", help="write the same figures as a table")
     output.add_argument("--per-request", metavar="FILE", help="write a table with a line per request")
-    output.add_argument("--report", metavar="FILE.html", help="write a page with tables and charts that needs nothing else")
+    output.add_argument("--report", metavar="FILE", help=REPORT_HELP)
 
 
 def _add_sweep(commands: argparse._SubParsersAction) -> None:
@@ -198,7 +200,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     output = sweep.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write a JSONL row per rank, rate and method; - for standard output")
     output.add_argument("--csv", metavar="FILE", help="write the same figures as a table")
-    output.add_argument("--report", metavar="FILE.html", help="write a page with the charts that needs nothing else")
+    output.add_argument("--report", metavar="FILE", help=REPORT_HELP)
 
 
 def _add_burstiness(group: argparse._ArgumentGroup) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from flora.errors import RequestError
 from flora.names import public_name
 from profiling import hardware, report, workload
 from profiling.compare import checked_methods, compare
+from profiling.compare_report import report_of
 from profiling.comparison import ComparisonResult
 from profiling.events import Finished, Progress
 from profiling.loading import load_engine, set_threads
@@ -25,24 +25,13 @@ def run(options: argparse.Namespace) -> int:
     """Load, compare, print and write; 0 for done, 130 when interrupted. Raises a FloraError for bad input."""
     methods = checked_methods([*options.methods, *(["base"] if options.base and "base" not in options.methods else [])])
     set_threads(options.threads)
-    if options.report:
-        report.check_suffix(options.report)
-
+    report.check(options)
     engines, requests, audio_names = _load(options)
-    said = sys.stderr if options.json == "-" else sys.stdout  # rows on stdout stay alone there
-    print(hardware.summary(hardware.environment(engines)), end="\n\n", file=said)
+    print(hardware.summary(hardware.environment(engines)), end="\n\n", file=report.said(options))
     result = _run(engines, requests, methods, options, audio_names)
-    for index, message in result.failures.items():
-        print(f"row {index + 1} is left out: {message}", file=sys.stderr)
     if not result.methods and not result.stopped:
         raise RequestError("no row of the batch could be measured")
-    print(report.text(result), file=said)
-    if options.json == "-":
-        sys.stdout.write(result.to_jsonl())
-    elif options.json:
-        report.write_text(options.json, result.to_jsonl())
-    if options.report:
-        report.write_report(result, options.report)
+    report.deliver(report_of(result), options)
     return 130 if result.stopped else 0
 
 

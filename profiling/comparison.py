@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -112,18 +111,6 @@ class ComparisonResult:
                 }
                 records.append(identity | facts | shared)
         return records
-
-    def to_jsonl(self) -> str:
-        """`to_rows()`, a JSON document a line."""
-        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.to_rows())
-
-    def to_frame(self) -> pandas.DataFrame:
-        """`to_rows()` as a table with a column per figure; nested facts become dotted columns such as
-        `agreement.agreeing`.
-        """
-        import pandas
-
-        return pandas.json_normalize(self.to_rows())
 
     def steps_frame(self) -> pandas.DataFrame:
         """Every timed step: step, repeat, kind, method, phase, seconds, num_new_tokens. What the charts draw."""

@@ -1,4 +1,4 @@
-"""What a comparison tells while it runs: plain data, each with `as_dict()` for JSON."""
+"""What a measurement tells while it runs: plain data, each with `as_dict()` for JSON."""
 
 from __future__ import annotations
 
@@ -31,6 +31,17 @@ class Progress:
     stage: str
     done: int
     total: int
+
+    def as_dict(self) -> dict:
+        return _as_dict(self)
+
+
+@dataclass(frozen=True)
+class HowFar:
+    """How far a long measurement is as a whole. words: what is measured now. share: of the measuring that is done, 0 to 1."""
+
+    words: str
+    share: float
 
     def as_dict(self) -> dict:
         return _as_dict(self)

@@ -6,7 +6,6 @@ import argparse
 import math
 import shlex
 import signal
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,9 @@ from tqdm import tqdm
 
 from flora.errors import RequestError
 from flora.names import public_name
-from profiling import hardware, load_report, report, workload
+from profiling import hardware, report, workload
 from profiling.load_metrics import parse_limits
+from profiling.load_report import report_of
 from profiling.load_result import LoadResult
 from profiling.load_runs import LoadProgress, LoadSettings, MethodRun, run_load, servable_by, sources_of
 from profiling.loading import RANDOM_RANK, add_random_adapters, load_engine, set_threads
@@ -40,15 +40,14 @@ def run(options: argparse.Namespace) -> int:
     settings = settings_from(options)
     set_threads(options.threads)
     check_numbers(options, ("adapters", "rank", "host_adapters_mb"))
-    check_report(options)
+    report.check(options)
     requests = _own_requests(options)
-    said = sys.stderr if options.json == "-" else sys.stdout  # rows on stdout stay alone there
     engines: dict[str, Engine] = {}
     try:
         for kind in settings.traffic.mix:
             engines[kind] = load_engine(kind, options, **_engine_options(options, settings))
         adapters = _adapters(engines, settings, options)
-        print(hardware.summary(hardware.environment(engines)), end="\n\n", file=said)
+        print(hardware.summary(hardware.environment(engines)), end="\n\n", file=report.said(options))
         runs, interrupted = _run(engines, adapters, settings, requests)
         result = LoadResult.of(runs, settings, engines, command_line(settings, options))
     finally:
@@ -56,17 +55,9 @@ def run(options: argparse.Namespace) -> int:
             engine.close(timeout_s=0.0)
     if not runs and not interrupted:
         raise RequestError("nothing was measured: the warm-up did not end")
-    print(load_report.text(result), file=said)
-    if options.json == "-":
-        sys.stdout.write(result.to_jsonl())
-    elif options.json:
-        report.write_text(options.json, result.to_jsonl())
-    if options.csv:
-        report.write_text(options.csv, load_report.csv(result))
+    report.deliver(report_of(result), options)
     if options.per_request:
         report.write_text(options.per_request, report.frame_csv(result.requests_frame()))
-    if options.report:
-        report.write_text(options.report, load_report.html_page(result))
     return 130 if interrupted else 0
 
 
@@ -75,12 +66,6 @@ def check_numbers(options: argparse.Namespace, names: Sequence[str]) -> None:
     for name in names:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
-
-
-def check_report(options: argparse.Namespace) -> None:
-    """RequestError, before anything is loaded, for a --report that is to be no page."""
-    if options.report and Path(options.report).suffix.lower() != ".html":
-        raise RequestError("this report is a page: give --report a name that ends in .html")
 
 
 def settings_from(options: argparse.Namespace) -> LoadSettings:

@@ -1,4 +1,4 @@
-"""Load runs on paper: plain text for a terminal, CSV, and one HTML page that needs nothing from anywhere else."""
+"""Load runs on paper: their tables, what is said of them, their charts."""
 
 from __future__ import annotations
 
@@ -7,23 +7,56 @@ import math
 import numpy as np
 
 from profiling import load_figures
-from profiling.document import HtmlDocument, text_table
 from profiling.figures import METHOD_STYLES
 from profiling.load_result import LoadResult, MethodLoad
 from profiling.load_runs import LoadSettings
-from profiling.report import environment_lines, frame_csv
+from profiling.report import Note, Report, Table, TitledChart
 
 LATENCIES = {"TTFT": "ttft_s", "TPOT": "tpot_s", "ITL": "itl_s", "E2E": "e2e_s", "s/token": "s_per_token"}
 MOST_ADAPTERS = 30  # lines of the table of adapters
+LEFT_TO_JSON = frozenset({"timeline", "adapters", "by_repeat"})  # of a row, what has many values
 
 NOTE = (
     "Times are a client's: from when a request was sent to when the engine handed its tokens over, waiting included. TTFT, TPOT, "
     "ITL, E2E and goodput are as vLLM's bench serve defines them; s/token is end-to-end seconds per new token, the mean over "
     "requests, the paper's latency. Every method was given the same requests at the same times, one method after the other."
 )
+ADAPTERS_NOTE = (
+    "A hit found its adapter in a slot on the device, a miss had it copied there, a load had it read from disk first. "
+    f"At most {MOST_ADAPTERS} a method are listed."
+)
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
+def report_of(result: LoadResult) -> Report:
+    """All that is said and drawn of load runs."""
+    tokens = load_figures.over_time(_timelines(result, "tokens_per_s"), "New tokens per second", "tokens/s", "higher is better")
+    batch = load_figures.over_time(_timelines(result, "running"), "Requests running", "requests", "a full batch is busy")
+    queue = load_figures.over_time(_timelines(result, "waiting"), "Requests waiting", "requests")
+    parts = [
+        Table(*rates_table(result)),
+        Table(*latencies_table(result), num_names=3),
+        Note(NOTE),
+        TitledChart("Queue length", queue),
+        TitledChart("Batch", batch),
+        TitledChart("Tokens per second", tokens),
+    ]
+    for name in ("TTFT", "TPOT", "E2E"):
+        chart = load_figures.spread(_milliseconds(result, LATENCIES[name]), name)
+        parts.append(TitledChart(f"{name} of the requests", chart))
+    parts.append(TitledChart("Popularity", load_figures.requests_by_adapter(_requests_by_adapter(result))))
+    lost, adapters = outcomes_table(result), adapters_table(result)
+    parts += [Table(*lost, title="What did not finish", detail=True)] if lost[1] else []
+    parts += [Table(*adapters, title="Adapters", note=ADAPTERS_NOTE, detail=True)] if adapters[1] else []
+    return Report(
+        title="under load",
+        sentences=[headline(result), *warnings(result)],
+        conditions=conditions(result),
+        parts=parts,
+        environment=result.environment,
+        command=result.command,
+        rows=result.to_rows(),
+        left_to_json=LEFT_TO_JSON,
+    )
 
 
 def rates_table(result: LoadResult) -> tuple[list[str], list[list[str]]]:
@@ -192,58 +225,6 @@ def _number(value: float | None, digits: int) -> str:
 
 def _ms(seconds: float | None) -> str:
     return "–" if seconds is None else f"{1000 * seconds:,.2f}"
-
-
-# ------------------------------------------------------------------------------------------------------------- formats
-
-
-def text(result: LoadResult) -> str:
-    """For a terminal: aligned tables, the finding, the conditions, the command."""
-    parts = [text_table(*rates_table(result)), "", text_table(*latencies_table(result), num_names=3), ""]
-    parts += [headline(result), *warnings(result), conditions(result), "", NOTE, "", "Reproduce:", result.command]
-    return "\n".join(parts)
-
-
-def csv(result: LoadResult) -> str:
-    """`LoadResult.to_frame()`."""
-    return frame_csv(result.to_frame())
-
-
-def html_page(result: LoadResult) -> str:
-    """One file with tables, charts and plotly.js inside; nothing is fetched. All text is escaped."""
-    page = HtmlDocument("fLoRA Live: under load", "Under load, recorded")
-    page.paragraph(headline(result))
-    for warning in warnings(result):
-        page.paragraph(warning)
-    page.paragraph(f"{conditions(result)}.", soft=True)
-    page.table(*rates_table(result))
-    page.table(*latencies_table(result))
-    page.paragraph(NOTE, soft=True)
-    page.chart("Queue length", load_figures.over_time(_timelines(result, "waiting"), "Requests waiting", "requests"))
-    page.chart(
-        "Batch", load_figures.over_time(_timelines(result, "running"), "Requests running", "requests", "a full batch is busy")
-    )
-    tokens = load_figures.over_time(_timelines(result, "tokens_per_s"), "New tokens per second", "tokens/s", "higher is better")
-    page.chart("Tokens per second", tokens)
-    for name in ("TTFT", "TPOT", "E2E"):
-        page.chart(f"{name} of the requests", load_figures.spread(_milliseconds(result, LATENCIES[name]), name))
-    page.chart("Popularity", load_figures.requests_by_adapter(_requests_by_adapter(result)))
-    if outcomes_table(result)[1]:
-        page.heading("What did not finish")
-        page.table(*outcomes_table(result))
-    if adapters_table(result)[1]:
-        page.heading("Adapters")
-        page.table(*adapters_table(result))
-        page.paragraph(
-            "A hit found its adapter in a slot on the device, a miss had it copied there, a load had it read from disk first. "
-            f"At most {MOST_ADAPTERS} a method are listed.",
-            soft=True,
-        )
-    page.heading("Measured on")
-    page.table(["fact", "value"], environment_lines(result.environment))
-    page.heading("Reproduce")
-    page.code(result.command)
-    return page.render()
 
 
 def _timelines(result: LoadResult, name: str) -> dict[str, tuple[list[float], list[float]]]:

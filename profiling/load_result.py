@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -152,18 +151,6 @@ class LoadResult:
                     }
                 )
         return rows
-
-    def to_jsonl(self) -> str:
-        """`to_rows()`, a JSON document a line."""
-        return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.to_rows())
-
-    def to_frame(self) -> pandas.DataFrame:
-        """`to_rows()` as a table with a column per figure; nested facts become dotted columns such as `ttft_s.p99`. What has many
-        values, a timeline or the adapters' counts, is left to the JSON."""
-        import pandas
-
-        many = ("timeline", "adapters", "by_repeat")
-        return pandas.json_normalize([{key: value for key, value in row.items() if key not in many} for row in self.to_rows()])
 
     def requests_frame(self) -> pandas.DataFrame:
         """A line per request and run: when it was due, sent and answered, and what became of it."""

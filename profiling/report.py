@@ -1,153 +1,225 @@
-"""A comparison on paper: plain text for a terminal, JSONL, CSV, Markdown, and one HTML page that needs nothing from
-anywhere else.
+"""A measurement on paper: what was found, on what, and how to do it again, in five formats of the same content.
+
+.html    one page with charts and plotly.js inside, which needs nothing from anywhere else
+.md      for a notebook or a bug report
+.csv     a line per row, for a spreadsheet
+.jsonl   the rows as they are, a JSON document each
+text     for a terminal
 """
 
 from __future__ import annotations
 
+import argparse
 import html
+import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from flora.errors import RequestError
-from profiling import figures
-from profiling.comparison import ComparisonResult, MethodFigures
 from profiling.document import HtmlDocument, text_table
-from profiling.timing import Ratio
+from profiling.figures import Chart
 
 if TYPE_CHECKING:
     import pandas
 
-NOTE = (
-    "Seconds are the method's own engine time, the device synchronised on both sides: prefill and decode, without "
-    "preparing the batch. A ratio is the median over paired decode steps with its 95 % bootstrap interval; above 1 means "
-    "slower than what it is compared with."
-)
+
+@dataclass(frozen=True)
+class Table:
+    """Heads and lines of cells, as text with units in the heads: the same table in every format.
+
+    title: a heading of its own. note: what must be known to read it. num_names: columns of words, which a terminal aligns left.
+    written: the column of generated text, whose line breaks and spaces are kept. detail: too much for a terminal.
+    """
+
+    heads: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    title: str = ""
+    note: str = ""
+    num_names: int = 2
+    written: str | None = None
+    detail: bool = False
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
+@dataclass(frozen=True)
+class TitledChart:
+    """A chart under a heading. Formats without pictures have its sentence."""
+
+    title: str
+    chart: Chart
 
 
-def figures_table(result: ComparisonResult) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells, a line per kind and method, as text with units in the heads. The same table in every format."""
-    first = next(iter(result.methods), None)
-    beside_base = "base" in result.methods and first != "base"  # else the column before says it
-    heads = [
-        "kind",
-        "method",
-        "rank",
-        "tokens/s",
-        "decode tokens/s",
-        "TTFT ms",
-        "TPOT ms",
-        "step ms p50",
-        "step ms p90",
-    ]
-    heads += [f"step / {figures.METHOD_STYLES[first].label}"] if first and len(result.methods) > 1 else []
-    heads += ["step / base model"] if beside_base else []
-    heads += ["agree with reference", "max |Δ logit|"]
-    kinds = list(next(iter(result.methods.values())).by_kind) if result.methods else []
-    lines = []
-    for kind in kinds if len(kinds) == 1 else [*kinds, "all"]:
-        for method, over_all in result.methods.items():
-            part = over_all if kind == "all" else over_all.by_kind[kind]
-            line = [kind, figures.METHOD_STYLES[method].label, _ranks(part)]
-            line += [
-                _number(part.tokens_per_s, 0),
-                _number(part.decode_tokens_per_s, 0),
-                _milliseconds(part.ttft_s),
-                _milliseconds(part.tpot_s),
-            ]
-            line += [_milliseconds(part.step_quantiles.get("p50")), _milliseconds(part.step_quantiles.get("p90"))]
-            line += [_ratio(part.ratio_to_first, method == first)] if len(result.methods) > 1 else []
-            line += [_ratio(part.ratio_to_base, method == "base")] if beside_base else []
-            line += list(_agreement(part))
-            lines.append(line)
-    return heads, lines
+@dataclass(frozen=True)
+class Note:
+    """How what stands above it was measured and is to be read."""
+
+    text: str
 
 
-def conditions(result: ComparisonResult) -> str:
-    """n, warm-up and the rest of what a reader must know beside the numbers, in one line."""
-    parts = [f"n = {result.num_steps} paired decode steps", f"{result.warmup_steps} warm-up steps"]
-    parts += [_times(result.repeats), f"batch of {result.batch} ({result.popularity} adapters)"]
-    parts += [f"seed {result.seed}", f"peak memory {result.peak_memory_bytes / 1e6:.0f} MB ({result.peak_memory_of})"]
-    return ", ".join(parts + ["stopped early"] * result.stopped)
+@dataclass(frozen=True)
+class Report:
+    """What a measurement found, and all that is needed to make it again.
 
+    title: what was measured. sentences: the findings, the headline first. conditions: n, warm-up and the rest of what must stand
+    beside the numbers. parts: from top to bottom. environment: `hardware.environment(...)`. command: what measures the same again.
+    rows: the numbers, each with everything it was measured on. left_to_json: entries of a row with many values, which a spreadsheet
+    goes without.
+    """
 
-def headline(result: ComparisonResult) -> str:
-    """The finding in one sentence."""
-    if result.ratio is None:
-        return "Nothing to compare: no two methods were measured on a decode step."
-    first, second = (figures.METHOD_STYLES[method].label for method in list(result.methods)[:2])
-    ratio = result.ratio
-    if ratio.low <= 1.0 <= ratio.high:
-        return f"No difference shown: {second}'s decode step takes {ratio} times {first}'s (n = {ratio.n})."
-    faster = first if ratio.median > 1 else second
-    return f"{faster} is faster: {second}'s decode step takes {ratio} times {first}'s (n = {ratio.n})."
-
-
-def _times(repeats: int) -> str:
-    return "1 repeat" if repeats == 1 else f"{repeats} repeats"
-
-
-def _ranks(part: MethodFigures) -> str:
-    ranks = sorted(set(part.ranks))
-    return ", ".join(map(str, ranks)) if len(ranks) <= 4 else f"{ranks[0]}–{ranks[-1]}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{1000 * seconds:.2f}"
-
-
-def _ratio(ratio: Ratio | None, is_reference: bool) -> str:
-    return "1" if is_reference else "–" if ratio is None else str(ratio)
-
-
-def _agreement(part: MethodFigures) -> tuple[str, str]:
-    if part.agreement is None:
-        return "not checked", "–"
-    difference = part.agreement.max_logit_difference
-    return (
-        f"{part.agreement.agreeing} / {part.agreement.tokens} tokens",
-        "–" if difference is None else f"{difference:.1e}",
-    )
+    title: str
+    sentences: Sequence[str]
+    conditions: str
+    parts: Sequence[Table | TitledChart | Note]
+    environment: Mapping[str, Any]
+    command: str
+    rows: Sequence[Mapping[str, Any]]
+    left_to_json: frozenset[str] = field(default=frozenset())
 
 
 # ------------------------------------------------------------------------------------------------------------- formats
 
 
-def text(result: ComparisonResult) -> str:
-    """For a terminal: an aligned table, the finding, the conditions, the command."""
-    return "\n".join(
-        [
-            text_table(*figures_table(result)),
-            "",
-            headline(result),
-            conditions(result),
-            "",
-            NOTE,
-            "",
-            "Reproduce:",
-            result.command,
-        ]
-    )
+def html_page(report: Report) -> str:
+    """One file with tables, charts and plotly.js inside; nothing is fetched. All text is escaped."""
+    page = HtmlDocument(f"fLoRA Live: {report.title}", f"{report.title[:1].upper()}{report.title[1:]}, recorded")
+    for sentence in report.sentences:
+        page.paragraph(sentence)
+    page.paragraph(f"{report.conditions}.", soft=True)
+    for part in report.parts:
+        match part:
+            case Table():
+                if part.title:
+                    page.heading(part.title)
+                page.table(part.heads, part.lines, part.written)
+                if part.note:
+                    page.paragraph(part.note, soft=True)
+            case TitledChart():
+                page.chart(part.title, part.chart)
+            case Note():
+                page.paragraph(part.text, soft=True)
+    page.heading("Measured on")
+    page.table(["fact", "value"], environment_lines(report.environment))
+    page.heading("Reproduce")
+    page.code(report.command)
+    return page.render()
 
 
-def jsonl(result: ComparisonResult) -> str:
-    """A JSON document per method and kind."""
-    return result.to_jsonl()
+def markdown(report: Report) -> str:
+    """Findings, tables, the charts' sentences, environment, command."""
+    lines = [f"# {_markdown_cell(report.title[:1].upper() + report.title[1:])}", ""]
+    for sentence in report.sentences:
+        lines += [_markdown_cell(sentence), ""]
+    lines += [f"{_markdown_cell(report.conditions)}.", ""]
+    for part in report.parts:
+        match part:
+            case Table():
+                lines += [f"## {part.title}", ""] if part.title else []
+                lines += [*_markdown_table(part.heads, part.lines), ""]
+                lines += [_markdown_cell(part.note), ""] if part.note else []
+            case TitledChart():
+                lines += [_markdown_cell(part.chart.description), ""]
+            case Note():
+                lines += [_markdown_cell(part.text), ""]
+    lines += ["## Measured on", "", *_markdown_table(["fact", "value"], environment_lines(report.environment)), ""]
+    return "\n".join([*lines, "## Reproduce", "", *(f"    {line}" for line in report.command.splitlines()), ""])
 
 
-def csv(result: ComparisonResult) -> str:
-    """`ComparisonResult.to_frame()`."""
-    return frame_csv(result.to_frame())
+def csv(report: Report) -> str:
+    """A line per row; nested facts become dotted columns such as `agreement.agreeing`."""
+    return frame_csv(frame(report.rows, report.left_to_json))
+
+
+def jsonl(report: Report) -> str:
+    """A JSON document per row."""
+    return lines_of(report.rows)
+
+
+def text(report: Report) -> str:
+    """For a terminal: aligned tables, the findings, the conditions, the command."""
+    said: list[str] = []
+    for part in report.parts:
+        if isinstance(part, Table) and not part.detail:
+            said += [text_table(part.heads, part.lines, part.num_names), *([part.note] if part.note else []), ""]
+    said += [*report.sentences, report.conditions, ""]
+    for part in report.parts:
+        if isinstance(part, Note):
+            said += [part.text, ""]
+    return "\n".join([*said, "Reproduce:", report.command])
+
+
+_FORMATS: dict[str, Callable[[Report], str]] = {".html": html_page, ".md": markdown, ".csv": csv, ".jsonl": jsonl}
+
+
+def check_suffix(path: str | os.PathLike) -> None:
+    """Raise RequestError where `path` does not end in a format that `render` knows."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in _FORMATS:
+        raise RequestError(f"a report cannot be written as {suffix or 'a file without a suffix'}: choose {', '.join(_FORMATS)}")
+
+
+def render(report: Report, path: str | os.PathLike) -> str:
+    """The report in the format that the suffix of `path` asks for."""
+    check_suffix(path)
+    return _FORMATS[Path(path).suffix.lower()](report)
+
+
+def check(options: argparse.Namespace) -> None:
+    """RequestError, before anything is loaded, where `deliver` could not write what the options ask for."""
+    if options.report:
+        check_suffix(options.report)
+
+
+def deliver(report: Report, options: argparse.Namespace) -> None:
+    """Print the report for a terminal, and write the files that --json, --csv and --report name.
+
+    Rows that `--json -` puts on standard output stay alone there.
+    """
+    print(text(report), file=said(options))
+    if options.json == "-":
+        sys.stdout.write(jsonl(report))
+    elif options.json:
+        write_text(options.json, jsonl(report))
+    if getattr(options, "csv", None):
+        write_text(options.csv, csv(report))
+    if options.report:
+        write(report, options.report)
+
+
+def said(options: argparse.Namespace) -> TextIO:
+    """Where words go: away from standard output where `--json -` has it."""
+    return sys.stderr if options.json == "-" else sys.stdout
+
+
+def write(report: Report, path: str | os.PathLike) -> None:
+    """Write the report in the format that the suffix of `path` asks for; RequestError where it cannot be written."""
+    write_text(path, render(report, path))
+
+
+# -------------------------------------------------------------------------------------------------------------- pieces
+
+
+def write_text(path: str | os.PathLike, content: str) -> None:
+    """Write a file as it is, or raise RequestError with the reason."""
+    try:
+        Path(path).write_bytes(content.encode("utf-8"))
+    except OSError as error:
+        raise RequestError(f"cannot write {Path(path).name!r}: {error.strerror}") from error
+
+
+def lines_of(rows: Iterable[Mapping[str, Any]]) -> str:
+    """JSONL; ValueError for a number that JSON has not."""
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def frame(rows: Iterable[Mapping[str, Any]], without: frozenset[str] = frozenset()) -> pandas.DataFrame:
+    """Rows as a table, without the entries named."""
+    import pandas
+
+    return pandas.json_normalize([{key: value for key, value in row.items() if key not in without} for row in rows])
 
 
 def frame_csv(frame: pandas.DataFrame) -> str:
@@ -157,28 +229,6 @@ def frame_csv(frame: pandas.DataFrame) -> str:
 
 def _no_formula(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
-
-
-def markdown(result: ComparisonResult) -> str:
-    """For a notebook or a bug report: finding, table, texts, environment, command."""
-    heads, lines = figures_table(result)
-    parts = [
-        "# Comparison",
-        "",
-        headline(result),
-        "",
-        conditions(result) + ".",
-        "",
-        *_markdown_table(heads, lines),
-        "",
-        NOTE,
-        "",
-    ]
-    parts += ["## What was written", "", *_markdown_table(*_texts_table(result)), ""]
-    parts += [f"- request {index + 1} was left out: {_markdown_cell(message)}" for index, message in result.failures.items()]
-    parts += ["## Measured on", "", *_markdown_table(["fact", "value"], environment_lines(result.environment)), ""]
-    parts += ["## Reproduce", "", *(f"    {line}" for line in result.command.splitlines()), ""]
-    return "\n".join(parts)
 
 
 def _markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -193,85 +243,12 @@ def _markdown_cell(cell: str) -> str:
     return "<br>".join(escaped.splitlines())
 
 
-def _texts_table(result: ComparisonResult) -> tuple[list[str], list[list[str]]]:
-    heads = ["request", "adapter", "method", "text", "tokens", "TTFT ms", "TPOT ms"]
-    lines = [
-        [
-            f"{row['index'] + 1} ({row['kind']})",
-            row["adapter"] or "none",
-            figures.METHOD_STYLES[row["method"]].label,
-            row["text"],
-            str(row["num_new_tokens"]),
-            _milliseconds(row["ttft_s"]),
-            _milliseconds(row["tpot_s"]),
-        ]
-        for row in result.rows
-    ]
-    return heads, lines
-
-
 def environment_lines(environment: Mapping[str, Any]) -> list[list[str]]:
     """`hardware.environment(...)` as lines of a table, fact and value."""
     lines = [[name, str(value)] for name, value in environment.items() if name != "models"]
     for kind, model in environment["models"].items():
         lines += [[f"{kind} model's {name}", str(value)] for name, value in model.items()]
     return lines
-
-
-def html_page(result: ComparisonResult) -> str:
-    """One file with tables, charts and plotly.js inside; nothing is fetched. All text is escaped."""
-    methods = list(result.methods)
-    num_steps = max((step.step for step in result.steps), default=0) + 1
-    page = HtmlDocument("fLoRA Live: a comparison", "A comparison, recorded")
-    page.paragraph(headline(result))
-    page.paragraph(f"{conditions(result)}.", soft=True)
-    for index, message in result.failures.items():
-        page.paragraph(f"Request {index + 1} was left out: {message}")
-    page.table(*figures_table(result))
-    page.paragraph(NOTE, soft=True)
-    page.chart("Tokens per second", figures.live_tokens_per_s(result.steps, methods, num_steps))
-    page.chart("Step times", figures.step_times(result.steps, methods, num_steps))
-    page.heading("What was written")
-    page.table(*_texts_table(result), written="text")
-    page.heading("Measured on")
-    page.table(["fact", "value"], environment_lines(result.environment))
-    page.heading("Reproduce")
-    page.code(result.command)
-    return page.render()
-
-
-_FORMATS: dict[str, Callable[[ComparisonResult], str]] = {
-    ".html": html_page,
-    ".md": markdown,
-    ".csv": csv,
-    ".jsonl": jsonl,
-}
-
-
-def check_suffix(path: str | os.PathLike) -> None:
-    """Raise RequestError where `path` does not end in a format that `render` knows."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in _FORMATS:
-        raise RequestError(f"a report cannot be written as {suffix or 'a file without a suffix'}: choose {', '.join(_FORMATS)}")
-
-
-def render(result: ComparisonResult, path: str | os.PathLike) -> str:
-    """The report in the format that the suffix of `path` asks for."""
-    check_suffix(path)
-    return _FORMATS[Path(path).suffix.lower()](result)
-
-
-def write_report(result: ComparisonResult, path: str | os.PathLike) -> None:
-    """Write the report in the format that the suffix of `path` asks for; RequestError where it cannot be written."""
-    write_text(path, render(result, path))
-
-
-def write_text(path: str | os.PathLike, content: str) -> None:
-    """Write a file as it is, or raise RequestError with the reason."""
-    try:
-        Path(path).write_bytes(content.encode("utf-8"))
-    except OSError as error:
-        raise RequestError(f"cannot write {Path(path).name!r}: {error.strerror}") from error
 
 
 def own_command() -> str:

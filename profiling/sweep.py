@@ -7,7 +7,6 @@ and rate, so that a drift of the machine hits all alike. Random weights cost wha
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -110,10 +109,6 @@ class SweepResult:
             method: [point for point in self.points if point.rate == rate and point.method == method]
             for method in self.settings.load.methods
         }
-
-    def to_jsonl(self) -> str:
-        """A JSON document per rank, rate and method."""
-        return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.rows)
 
 
 @dataclass(frozen=True)

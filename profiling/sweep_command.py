@@ -5,28 +5,27 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-import sys
 
 import torch
 from tqdm import tqdm
 
 from flora.errors import RequestError
-from profiling import hardware, report, sweep_report
-from profiling.load_command import MAX_WAITING, check_numbers, check_report, interruptible, model_words, show_progress
+from profiling import hardware, report
+from profiling.load_command import MAX_WAITING, check_numbers, interruptible, model_words, show_progress
 from profiling.load_runs import LoadSettings, sources_of
 from profiling.loading import load_engine, set_threads
 from profiling.options import weight_words
 from profiling.sweep import Sweep, SweepSettings
+from profiling.sweep_report import report_of
 from profiling.traffic import Lengths, Traffic
 
 
 def run(options: argparse.Namespace) -> int:
     """Load, measure, print and write; 0 for done, 130 when interrupted. Raises a FloraError for bad input."""
     check_numbers(options, ("adapters",))
-    check_report(options)
+    report.check(options)
     settings = settings_from(options)
     set_threads(options.threads)
-    said = sys.stderr if options.json == "-" else sys.stdout  # rows on stdout stay alone there
     engine = load_engine(
         settings.kind,
         options,
@@ -37,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         max_batch_tokens=options.max_batch_tokens,
     )
     try:
-        print(hardware.summary(hardware.environment({settings.kind: engine})), end="\n\n", file=said)
+        print(hardware.summary(hardware.environment({settings.kind: engine})), end="\n\n", file=report.said(options))
         source = sources_of({settings.kind: engine})[settings.kind]
         with interruptible() as interrupts, tqdm(leave=False, disable=None, unit="request") as bar:
             sweep = Sweep(engine, source, settings, command_line(settings, options), lambda: bool(interrupts))
@@ -48,15 +47,7 @@ def run(options: argparse.Namespace) -> int:
         result = sweep.result()
     finally:
         engine.close(timeout_s=0.0)
-    print(sweep_report.text(result), file=said)
-    if options.json == "-":
-        sys.stdout.write(result.to_jsonl())
-    elif options.json:
-        report.write_text(options.json, result.to_jsonl())
-    if options.csv:
-        report.write_text(options.csv, sweep_report.csv(result))
-    if options.report:
-        report.write_text(options.report, sweep_report.html_page(result))
+    report.deliver(report_of(result), options)
     return 130 if result.interrupted else 0
 
 

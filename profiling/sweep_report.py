@@ -1,14 +1,13 @@
-"""A sweep on paper: plain text, CSV, and one HTML page with the charts of throughput and latency by rank."""
+"""A sweep on paper: its table, what it says, the charts of throughput and latency by rank."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
-from profiling.document import HtmlDocument, text_table
 from profiling.figures import METHOD_STYLES, Chart, axis_ceiling, chart_layout
-from profiling.load_report import conditions_of
-from profiling.report import environment_lines, frame_csv
+from profiling.load_report import LEFT_TO_JSON, conditions_of
+from profiling.report import Note, Report, Table, TitledChart
 from profiling.sweep import THROUGHPUT, SweepPoint, SweepResult, crossover
 
 NOTE = (
@@ -16,6 +15,27 @@ NOTE = (
     "new token, waiting included, the mean over requests, as in the paper's Figures 2 and 3. The methods took turns at every rank "
     "and rate."
 )
+
+
+def report_of(result: SweepResult) -> Report:
+    """All that is said and drawn of a sweep."""
+    throughput = by_rank(result.at(THROUGHPUT), "Throughput by rank", "tokens/s", "higher is better")
+    charts = [TitledChart("Throughput by rank", throughput)]
+    for rate in result.rates:
+        title = f"Latency by rank, {rate:g} requests a second"
+        charts.append(TitledChart(title, by_rank(result.at(rate), title, "s/token", "lower is better")))
+    saturated = any(point.saturation for point in result.points)
+    note = "* over-saturated: the number grows with the length of the run." if saturated else ""
+    return Report(
+        title="throughput and latency by rank",
+        sentences=verdicts(result),
+        conditions=conditions(result),
+        parts=[*charts, Table(*table(result), note=note), Note(NOTE)],
+        environment=result.environment,
+        command=result.command,
+        rows=result.rows,
+        left_to_json=LEFT_TO_JSON,
+    )
 
 
 def by_rank(points: Mapping[str, Sequence[SweepPoint]], title: str, unit: str, direction: str) -> Chart:
@@ -121,41 +141,3 @@ def conditions(result: SweepResult) -> str:
         shares = " and ".join(f"{rate:g}/s" for rate in result.rates)
         parts.append(f"rates {shares}, shares of the {result.capacity:.3g} requests/s that every method served at the lowest rank")
     return ", ".join(parts + ["stopped by hand before the end"] * result.interrupted)
-
-
-def text(result: SweepResult) -> str:
-    """For a terminal: the table, what it says, the conditions, the command."""
-    parts = [text_table(*table(result)), ""]
-    if any(point.saturation for point in result.points):
-        parts += ["* over-saturated: the number grows with the length of the run", ""]
-    parts += [*verdicts(result), conditions(result), "", NOTE, "", "Reproduce:", result.command]
-    return "\n".join(parts)
-
-
-def csv(result: SweepResult) -> str:
-    """A line per rank, rate and method; what has many values is left to the JSON."""
-    import pandas
-
-    many = ("timeline", "adapters", "by_repeat")
-    return frame_csv(pandas.json_normalize([{key: value for key, value in row.items() if key not in many} for row in result.rows]))
-
-
-def html_page(result: SweepResult) -> str:
-    """One file with table, charts and plotly.js inside; nothing is fetched. All text is escaped."""
-    page = HtmlDocument("fLoRA Live: throughput and latency by rank", "By rank, recorded")
-    for verdict in verdicts(result):
-        page.paragraph(verdict)
-    page.paragraph(f"{conditions(result)}.", soft=True)
-    page.chart("Throughput by rank", by_rank(result.at(THROUGHPUT), "Throughput by rank", "tokens/s", "higher is better"))
-    for rate in result.rates:
-        title = f"Latency by rank, {rate:g} requests a second"
-        page.chart(title, by_rank(result.at(rate), title, "s/token", "lower is better"))
-    page.table(*table(result))
-    if any(point.saturation for point in result.points):
-        page.paragraph("* over-saturated: the number grows with the length of the run.", soft=True)
-    page.paragraph(NOTE, soft=True)
-    page.heading("Measured on")
-    page.table(["fact", "value"], environment_lines(result.environment))
-    page.heading("Reproduce")
-    page.code(result.command)
-    return page.render()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import itertools
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +18,12 @@ import gradio as gr
 from flora.engine import Engine, Request
 from flora.errors import AudioError, FloraError, RequestError
 from flora.ops import METHODS
-from profiling import report, workload
+from profiling import workload
 from profiling.compare import compare
-from profiling.comparison import ComparisonResult
+from profiling.compare_report import report_of
 from profiling.dashboard.batch import BatchEditor
-from profiling.dashboard.device import MAX_IN_LINE, SERVER_ERROR, Device, StopSignals
+from profiling.dashboard.device import MAX_IN_LINE, SERVER_ERROR, Device, StopSignals, in_line
+from profiling.dashboard.downloads import Downloads
 from profiling.dashboard.live_cells import LiveCells, cells_value
 from profiling.dashboard.live_plot import LivePlot
 from profiling.dashboard.menus import Follower
@@ -45,7 +45,6 @@ MAX_NEW_TOKENS = 256
 MAX_TEMPERATURE = 2
 MAX_PROMPT_CHARACTERS = 20_000
 WARMUP_STEPS = 5
-_DOWNLOADS = ("JSONL", "CSV", "report.html")
 
 _run_numbers = itertools.count(1)
 
@@ -86,15 +85,10 @@ def build_compare_tab(engines: Mapping[str, Engine], device: Device, stops: Stop
             cells_value({"command": "after a run, the command that repeats it stands here"}),
             elem_id="reproduce",
         )
-        downloads = [
-            gr.DownloadButton(
-                name, size="sm", scale=0, min_width=70, interactive=False, elem_id=f"download-{name.split('.')[0].lower()}"
-            )
-            for name in _DOWNLOADS
-        ]
+        downloads = Downloads("compare")
 
     batch.connect()
-    views = [status, figures, chart, table, reproduce, *downloads, run, stop]
+    views = [status, figures, chart, table, reproduce, *downloads.buttons, run, stop]
 
     def arm(request: gr.Request):
         """Answers the button at once, before the run has its turn on the device."""
@@ -104,7 +98,7 @@ def build_compare_tab(engines: Mapping[str, Engine], device: Device, stops: Stop
     def handler(request: gr.Request, left_method: str, right_method: str, num_tokens, heat, *values: Any):
         wanted = _Wanted(tuple(batch.rows(values)), (left_method, right_method), num_tokens, heat)
         try:
-            yield from _run(engines, device, stops.flag(request.session_hash), wanted)
+            yield from _run(engines, device, stops.flag(request.session_hash), wanted, downloads)
         except Exception:  # a fault of ours: in the server's log in full, on the page one sentence without the server's insides
             logger.exception("the Compare tab broke off")
             untouched = [gr.skip()] * (len(views) - 3)
@@ -163,7 +157,9 @@ def _status(state: str, words: str) -> dict[str, Any]:
     return results.status()
 
 
-def _run(engines: Mapping[str, Engine], device: Device, stopped: threading.Event, wanted: _Wanted) -> Iterator[list[Any]]:
+def _run(
+    engines: Mapping[str, Engine], device: Device, stopped: threading.Event, wanted: _Wanted, downloads: Downloads
+) -> Iterator[list[Any]]:
     """Run one batch and yield the values of the tab's views a few times a second."""
     refusal = wanted.refusal()
     shown = [Row(row["kind"], row["adapter"], row.get("prompt") or "", Path(row.get("audio") or "").name) for row in wanted.rows]
@@ -182,7 +178,7 @@ def _run(engines: Mapping[str, Engine], device: Device, stopped: threading.Event
 
     def views(running: bool, files: Sequence[Any] | None = None, command: str | None = None) -> list[Any]:
         reproduce = gr.skip() if command is None else cells_value({"command": html.escape(command)})
-        buttons = [gr.skip()] * len(_DOWNLOADS) if files is None else list(files)
+        buttons = [gr.skip()] * len(downloads.buttons) if files is None else list(files)
         live = [results.status(), results.figures(), results.chart(), results.table()]
         return [*live, reproduce, *buttons, gr.Button(interactive=not running), gr.Button(interactive=running)]
 
@@ -194,7 +190,7 @@ def _run(engines: Mapping[str, Engine], device: Device, stopped: threading.Event
         return
 
     results.state, results.words = "running", "preparing the batch"
-    yield views(running=True, files=[gr.DownloadButton(interactive=False)] * len(_DOWNLOADS))
+    yield views(running=True, files=downloads.none())
     comparison = partial(
         compare,
         engines,
@@ -217,7 +213,7 @@ def _run(engines: Mapping[str, Engine], device: Device, stopped: threading.Event
                 yield views(running=False)
                 return
             results.state = "waiting"
-            results.words = f"in line for the device, {ahead} {'run' if ahead == 1 else 'runs'} ahead"
+            results.words = in_line(ahead)
             yield views(running=True)
             time.sleep(UPDATE_S)
         while not under_way.done:
@@ -236,8 +232,7 @@ def _run(engines: Mapping[str, Engine], device: Device, stopped: threading.Event
     if results.result is None or not results.result.methods:
         yield views(running=False)
         return
-    with tempfile.TemporaryDirectory(prefix="flora-live-") as folder:  # gradio copies the files while this waits in `yield`
-        files = [gr.DownloadButton(value=str(path), interactive=True) for path in _write_downloads(results.result, Path(folder))]
+    with downloads.offer(report_of(results.result)) as files:
         yield views(running=False, files=files, command=results.result.command)
 
 
@@ -277,11 +272,3 @@ def check_prompt_length(prompt: str) -> None:
         raise RequestError(
             f"the prompt has {len(prompt):,} characters, more than the {MAX_PROMPT_CHARACTERS:,} allowed: shorten it"
         )
-
-
-def _write_downloads(result: ComparisonResult, folder: Path) -> list[Path]:
-    """JSONL, CSV and report of a run as files in `folder`."""
-    paths = [folder / "comparison.jsonl", folder / "comparison.csv", folder / "report.html"]
-    for path in paths:
-        report.write_report(result, path)
-    return paths

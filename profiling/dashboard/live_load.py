@@ -32,6 +32,7 @@ from profiling.dashboard.live_plot import LivePlot
 from profiling.dashboard.menus import NO_ADAPTER, Follower, Menu, adapter_choices
 from profiling.dashboard.own_request import DEADLINE_S, MAX_AT_ONCE, OwnRequest
 from profiling.dashboard.results import REPRODUCE_TEMPLATE, sentence
+from profiling.dashboard.status import STATUS_TEMPLATE, notice, plain_status
 from profiling.figures import METHOD_STYLES
 from profiling.load import Driver
 from profiling.load_runs import servable_by, sources_of
@@ -392,7 +393,7 @@ def build_live_load_tab(loads: LiveLoads, device_line: Callable[[], str]) -> lis
                     stop = gr.Button("Stop", variant="secondary", scale=1, min_width=70, interactive=False, elem_id="load-stop")
             followers = [_build_own_request(loads, method, new_tokens)] if "code" in engines else []
         with gr.Column(scale=8, min_width=300, elem_classes="instrument"):
-            status = LiveCells(views.STATUS_TEMPLATE, views.idle_status(), elem_id="load-status")
+            status = LiveCells(STATUS_TEMPLATE, views.idle_status(), elem_id="load-status")
             readouts = LiveCells(views.READOUTS_TEMPLATE, views.idle_readouts(facts()), elem_id="load-readouts")
             explanation = gr.HTML(views.explanation(MAX_S), apply_default_css=False, elem_id="load-explanation")
             with gr.Column(visible=False, elem_id="load-charts", elem_classes="load-charts") as area:
@@ -415,7 +416,7 @@ def build_live_load_tab(loads: LiveLoads, device_line: Callable[[], str]) -> lis
 
     def arm():
         """Answers the button at once: the first start of all reads the prompts and clips, which takes a moment."""
-        return views.plain_status("waiting", "beginning"), gr.Button(interactive=False)
+        return plain_status("waiting", "beginning"), gr.Button(interactive=False)
 
     def begin(request: gr.Request, *values: Any) -> list[Any]:
         buttons = [gr.Button(interactive=True), gr.Button(interactive=False)]
@@ -423,23 +424,23 @@ def build_live_load_tab(loads: LiveLoads, device_line: Callable[[], str]) -> lis
         try:
             loads.start(request.session_hash, wish_of(values))
         except FloraError as error:
-            return [views.plain_status("failed", sentence(error)), *nothing]
+            return [plain_status("failed", sentence(error)), *nothing]
         except Exception:  # a fault of ours: in the server's log in full, on the page one sentence without the server's insides
             logger.exception("a live load could not begin")
-            return [views.plain_status("failed", SERVER_ERROR), *nothing]
+            return [plain_status("failed", SERVER_ERROR), *nothing]
         begun = [gr.Column(visible=True), gr.HTML(visible=False), gr.Timer(active=True)]
-        return [views.plain_status("running", "sending"), *begun, gr.Button(interactive=False), gr.Button(interactive=True)]
+        return [plain_status("running", "sending"), *begun, gr.Button(interactive=False), gr.Button(interactive=True)]
 
     def could_not_begin():
         """Gradio itself refused: what the browser sent makes no sense; a notice says which."""
-        return views.plain_status("failed", "The load could not begin: check the numbers, or reload the page."), gr.Button(
+        return plain_status("failed", "The load could not begin: check the numbers, or reload the page."), gr.Button(
             interactive=True
         )
 
     def tick(request: gr.Request) -> list[Any]:
         load = loads.of(request.session_hash)
         if load is None:  # nothing of this page's is known here: the server was started anew
-            gone = views.plain_status("failed", "The server no longer knows this load: press Start again.")
+            gone = plain_status("failed", "The server no longer knows this load: press Start again.")
             buttons = [gr.Timer(active=False), gr.Button(interactive=True), gr.Button(interactive=False)]
             return [gone, *[gr.skip()] * (1 + len(charts)), *buttons]
         moment = load.moment(loads.num_running)
@@ -456,11 +457,11 @@ def build_live_load_tab(loads: LiveLoads, device_line: Callable[[], str]) -> lis
             command = loads.command(wish)
             loads.change(request.session_hash, wish)
         except FloraError as error:
-            return [gr.skip(), gr.skip(), views.notice(sentence(error))]
+            return [gr.skip(), gr.skip(), notice(sentence(error))]
         except Exception:  # as above: the load itself goes on as it was
             logger.exception("a live load could not be changed")
-            return [gr.skip(), gr.skip(), views.notice(SERVER_ERROR)]
-        return [cells_value({"command": html.escape(command)}), views.note(loads.adapters(wish)), views.notice("")]
+            return [gr.skip(), gr.skip(), notice(SERVER_ERROR)]
+        return [cells_value({"command": html.escape(command)}), views.note(loads.adapters(wish)), notice("")]
 
     def end(request: gr.Request):
         loads.stop(request.session_hash)

@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from profiling.dashboard import status as status_line
 from profiling.dashboard.code_html import highlighted
 from profiling.dashboard.live_cells import cells_value
 from profiling.dashboard.live_plot import plot_value
 from profiling.dashboard.own_request import OwnRequest
 from profiling.dashboard.results import milliseconds, tokens_per_second
+from profiling.dashboard.status import clock, plain_status
 from profiling.figures import METHOD_STYLES, axis_ceiling, chart_layout
 from profiling.load import LATENCY_WINDOW_S, Sample
 from profiling.load_metrics import Record
@@ -123,29 +125,9 @@ def _before(samples: Sequence[Sample], place: int, seconds: float) -> Sample | N
 
 # -------------------------------------------------------------------------------------------------------------- status
 
-STATUS_TEMPLATE = (
-    '<div class="status idle" data-cell="status"><div class="track"><div class="bar" data-cell="bar"></div></div>'
-    '<div class="load-words"><div class="words" data-cell="words" role="status" aria-live="polite"></div>'
-    '<div class="since" data-cell="since"></div></div><div class="notice absent" data-cell="notice" role="alert"></div></div>'
-)
-
-
-def plain_status(state: str, words: str) -> dict[str, Any]:
-    """The status line alone, where no load runs."""
-    return cells_value(
-        cells={"words": html.escape(words), "since": "", "notice": ""},
-        classes={"status": f"status {state}", "notice": "notice absent"},
-        attributes={"bar": {"style": "width: 0%"}},
-    )
-
 
 def idle_status() -> dict[str, Any]:
     return plain_status("idle", "nothing is sent")
-
-
-def notice(words: str) -> dict[str, Any]:
-    """What is wrong with the controls, beside whatever the status says; empty: nothing."""
-    return cells_value({"notice": html.escape(words)}, {"notice": "notice" if words else "notice absent"})
 
 
 def status(moment: Moment) -> dict[str, Any]:
@@ -154,11 +136,7 @@ def status(moment: Moment) -> dict[str, Any]:
     others = moment.num_loads - (moment.state == "running")
     company = "" if others < 1 else f" · {others} other visitor{'s' if others > 1 else ''} sending too"
     since = f"{clock(moment.now_s)} of at most {clock(moment.max_s)}{company}"
-    return cells_value(
-        cells={"words": html.escape(words), "since": since},
-        classes={"status": f"status {state}"},
-        attributes={"bar": {"style": f"width: {min(100.0, 100 * moment.now_s / moment.max_s):.1f}%"}},
-    )
+    return status_line.status(state, words, moment.now_s / moment.max_s, since)
 
 
 def verdict(moment: Moment) -> tuple[str, str]:
@@ -195,11 +173,6 @@ def verdict(moment: Moment) -> tuple[str, str]:
 def duration(seconds: float | None) -> str:
     """Seconds as "19.1 ms", or as "4.47 s" where there are that many."""
     return milliseconds(seconds) if seconds is None or seconds < 1 else f"{seconds:.3g} s"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as "1:05"."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def your_rates(samples: Sequence[Sample], place: int, seconds: float) -> tuple[float, float]:

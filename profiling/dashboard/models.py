@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,10 +15,9 @@ from flora.engine.device import apart
 from flora.errors import ModelError, RequestError
 from flora.models import KNOWN_MODELS
 from flora.names import public_name
-from profiling.dashboard.device import Device
+from profiling.dashboard.device import Device, in_line
 from profiling.dashboard.engines import Engines
 from profiling.dashboard.policy import Visitor
-from profiling.events import CompareEvent
 from profiling.loading import load_chosen
 
 UPDATE_S = 0.5
@@ -68,10 +67,9 @@ class ModelDesk:
         if quantize != "int8":
             given["llm_int8_threshold"] = None  # the command line's is one of 8-bit weights
         options = argparse.Namespace(**vars(self._options) | ({} if name == "as started" else given))
-        begun, outcome = threading.Event(), _Outcome()
+        outcome = _Outcome()
 
-        def job() -> Iterator[CompareEvent]:
-            begun.set()
+        def job() -> Iterator[Any]:
             self._replace(name, kind, options, outcome)
             return iter(())
 
@@ -79,9 +77,9 @@ class ModelDesk:
         try:
             started_s = time.monotonic()
             while not run.done:
-                if not begun.is_set():
+                if not run.begun:
                     ahead, started_s = self._device.num_ahead(run), time.monotonic()
-                    yield f"in line for the device, {ahead} {'run' if ahead == 1 else 'runs'} ahead"
+                    yield in_line(ahead)
                 elif outcome.engine is None:
                     yield f"loading {label}, {time.monotonic() - started_s:.0f} s so far; the old model serves meanwhile"
                 else:

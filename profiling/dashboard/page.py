@@ -24,6 +24,7 @@ from profiling.dashboard.device import Device, StopSignals
 from profiling.dashboard.engines import Engines
 from profiling.dashboard.live_load import LiveLoads, build_live_load_tab
 from profiling.dashboard.live_plot import plotly_route
+from profiling.dashboard.measuring import Measurements
 from profiling.dashboard.menus import Follower, Following
 from profiling.dashboard.models import ModelDesk
 from profiling.dashboard.models_tab import build_models_tab
@@ -67,6 +68,7 @@ def build(
     """
     engines, policy = Engines(engines), policy or Policy()
     device, stops, loads, adapters = Device(), StopSignals(), LiveLoads(engines), AdapterDesk(engines)
+    measurements = Measurements(device)
     engines.when_replaced(loads.replaced)
     models = None if options is None else ModelDesk(engines, device, options)
 
@@ -102,6 +104,7 @@ def build(
         def forget(request: gr.Request) -> None:
             stops.forget(request.session_hash)
             loads.forget(request.session_hash)
+            measurements.forget(request.session_hash)
             adapters.leave(request.session_hash)
 
         demo.unload(forget)

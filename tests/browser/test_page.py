@@ -161,9 +161,9 @@ def test_one_click_shows_everything(open_page, screenshot, tmp_path, theme, widt
     assert not scrolls_sideways(page)
     screenshot(page, f"done-{theme}-{other_width}")
 
-    for name, button in (("jsonl", "#download-jsonl"), ("csv", "#download-csv"), ("html", "#download-report")):
+    for name in ("jsonl", "csv", "md", "html"):
         with page.expect_download() as download:
-            page.locator(button).click()
+            page.locator(f"#compare-download-{name}").click()
         file = tmp_path / f"comparison.{name}"
         download.value.save_as(file)
         assert download.value.suggested_filename.endswith(name)
@@ -349,7 +349,7 @@ def test_a_second_visitor_waits_in_line(open_page):
     wait_until_decoding(first)
     second.locator("#max-new-tokens input").fill("3")
     press_run(second)
-    second.locator("#status .words", has_text="1 run ahead").wait_for()
+    second.locator("#status .words", has_text="1 ahead of you").wait_for()
     first.locator("#stop").click()
     assert wait_until_ended(first) == "stopped"
     assert wait_until_ended(second) == "done"

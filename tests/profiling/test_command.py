@@ -67,7 +67,7 @@ def test_a_row_that_cannot_run_is_named_and_the_rest_runs(arguments, capsys, tmp
     (tmp_path / "batch.jsonl").write_text('{"prompt": "a", "adapter": "klingon"}\n{"prompt": "b", "adapter": "lua"}\n')
     assert main(arguments) == 0
     printed = capsys.readouterr()
-    assert "row 1 is left out" in printed.err and "klingon" in printed.err and "batch of 1" in printed.out
+    assert "Request 1 was left out" in printed.out and "klingon" in printed.out and "batch of 1" in printed.out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from fake_engine import Clock, FakeEngine
 
 from flora.engine import Request
 from flora.errors import FloraError, RequestError
+from profiling import report
 from profiling.compare import compare
 from profiling.events import Finished, Progress, RowFailed, RowText, Started, StepTimed
 
@@ -206,7 +207,7 @@ def test_a_batch_the_engine_refuses_fails_and_the_other_kind_runs(clock, tone):
 def test_when_every_row_fails_the_result_is_empty_and_nothing_is_raised(fake):
     events, result = run({"code": fake}, [Request(prompt="p", adapter="klingon")])
     assert result.methods == {} and result.ratio is None and result.rows == () and not result.stopped
-    assert result.to_jsonl() == "" and result.to_frame().empty and result.steps_frame().empty
+    assert result.to_rows() == [] and result.steps_frame().empty
     json.dumps(events[-1].as_dict())
 
 
@@ -263,7 +264,7 @@ def test_the_texts_are_those_of_the_engine_alone(engines, mixed_batch):
 
 def test_records_hold_all_that_a_number_needs_and_nothing_that_names_a_person(engines, mixed_batch):
     _, result = run(engines, mixed_batch, warmup_steps=1, seed=3)
-    records = [json.loads(line) for line in result.to_jsonl().splitlines()]
+    records = [json.loads(line) for line in report.lines_of(result.to_rows()).splitlines()]
     assert {(record["method"], record["kind"]) for record in records} == {
         (method, kind) for method in ("flora", "bmm-lora") for kind in ("code", "speech", "all")
     }
@@ -275,6 +276,6 @@ def test_records_hold_all_that_a_number_needs_and_nothing_that_names_a_person(en
     import getpass
     import socket
 
-    text = result.to_jsonl()
+    text = report.lines_of(result.to_rows())
     assert socket.gethostname() not in text and f"/{getpass.getuser()}/" not in text and "/tmp/" not in text
-    assert len(result.to_frame()) == 6 and len(result.steps_frame()) == 2 * 2 * 6
+    assert len(report.frame(result.to_rows())) == 6 and len(result.steps_frame()) == 2 * 2 * 6

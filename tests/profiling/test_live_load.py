@@ -18,6 +18,7 @@ from profiling import __main__ as command_line
 from profiling.dashboard import live_load, live_load_views, own_request
 from profiling.dashboard.live_load import LiveLoads, Wish
 from profiling.dashboard.live_load_views import CHARTS, Look, Mark, Moment
+from profiling.dashboard.status import notice
 from profiling.load import Sample
 from profiling.load_command import settings_from
 from profiling.load_metrics import Record
@@ -432,7 +433,7 @@ def test_a_hostile_name_is_text():
     shown = live_load_views.own_answer(own, HOSTILE, "lua", "flora")
     assert Tags(shown["cells"]["answer"]).found == {"pre", "span"}
     refused = live_load_views.own_words("failed", HOSTILE)
-    for value in (live_load_views.status(bad), live_load_views.note({"code": [HOSTILE]}), live_load_views.notice(HOSTILE), refused):
+    for value in (live_load_views.status(bad), live_load_views.note({"code": [HOSTILE]}), notice(HOSTILE), refused):
         assert Tags("".join(value["cells"].values())).found <= {"code"}
     trace = live_load_views.charts(bad, Look())["batch"]["data"][0]
     assert "<" not in trace["name"] and "<" not in trace["hovertemplate"].removesuffix("</extra>").replace("<extra>", "")
@@ -459,7 +460,7 @@ def test_an_ended_load_hands_out_the_whole_run():
     assert "table" not in live_load_views.charts(moment(steady(90)), Look())["ttft"]
 
 
-@pytest.mark.parametrize("template", ["STATUS_TEMPLATE", "READOUTS_TEMPLATE", "NOTE_TEMPLATE", "OWN_TEMPLATE"])
+@pytest.mark.parametrize("template", ["READOUTS_TEMPLATE", "NOTE_TEMPLATE", "OWN_TEMPLATE"])
 def test_what_is_written_has_a_place(template):
     cells = set(re.findall(r'data-cell="([^"]+)"', getattr(live_load_views, template)))
     value = {

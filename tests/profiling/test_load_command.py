@@ -240,7 +240,7 @@ def test_the_embedded_model_is_served_in_its_adapters_languages(capsys):
         (["--repeats", "0"], "repeat"),
         (["--seed", "-1"], "seed"),
         (["--threads", "0"], "--threads"),
-        (["--report", "page.pdf"], ".html"),
+        (["--report", "page.pdf"], "choose .html"),
         (["--json", "no/such/folder/rows.jsonl"], "cannot write"),
         (["--csv", "no/such/folder/rows.csv"], "cannot write"),
         (["--per-request", "no/such/folder/rows.csv"], "cannot write"),

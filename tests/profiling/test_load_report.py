@@ -11,9 +11,10 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from flora.store import AdapterCounters
-from profiling import hardware, load_figures, load_report
+from profiling import hardware, load_figures, load_report, report
 from profiling.load import Sample
 from profiling.load_metrics import Record
+from profiling.load_report import report_of
 from profiling.load_result import LoadResult
 from profiling.load_runs import LoadSettings, MethodRun
 from profiling.saturation import Saturation
@@ -65,7 +66,7 @@ def make(*runs, command="python -m profiling load", **settings):
 
 
 def test_the_html_report_is_whole_and_harmless(result):
-    page = load_report.html_page(result(command=f"python -m profiling load {NASTY}"))
+    page = report.html_page(report_of(result(command=f"python -m profiling load {NASTY}")))
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page), "nothing is fetched"
     own = page.replace(get_plotlyjs(), "")
     assert own.count("<script>") == 2 and "alert(1)</script>" not in own and "<img" not in own
@@ -103,7 +104,7 @@ def test_two_kinds_have_a_line_each_and_one_together(result, monkeypatch):
     assert [line[:2] + [line[3]] for line in load_report.rates_table(found)[1]] == [
         ["code", "fLoRA", "2 / 2"], ["speech", "fLoRA", "1 / 1"], ["all", "fLoRA", "3 / 3"],
     ]  # fmt: skip
-    assert [json.loads(line)["dtype"] for line in found.to_jsonl().splitlines()] == ["a", "b", "a + b"]
+    assert [json.loads(line)["dtype"] for line in report.jsonl(report_of(found)).splitlines()] == ["a", "b", "a + b"]
 
 
 def test_the_headline_says_the_rate_and_the_ratio_and_its_range(result):
@@ -139,13 +140,13 @@ def test_what_spoils_the_numbers_is_said(result):
     assert load_report.outcomes_table(found)[1] == [
         ["fLoRA", "refused", "BusyError", "1"], ["fLoRA", "failed", "ServingError", "1"], ["fLoRA", "cancelled", "–", "1"],
     ]  # fmt: skip
-    page = load_report.html_page(found)
-    assert "What did not finish" in page and "What did not finish" not in load_report.html_page(result())
+    page = report.html_page(report_of(found))
+    assert "What did not finish" in page and "What did not finish" not in report.html_page(report_of(result()))
     assert load_report.warnings(result()) == []
 
 
 def test_the_terminal_text_is_aligned_and_complete(result):
-    text = load_report.text(result(limits={"ttft": 0.5}, warmup_requests=7))
+    text = report.text(report_of(result(limits={"ttft": 0.5}, warmup_requests=7)))
     rates, latencies = text.split("\n\n")[:2]
     for table in (rates, latencies):
         assert len({line.index("LoRA") for line in table.splitlines()[1:] if "fLoRA" in line}) == 1
@@ -163,7 +164,7 @@ def test_the_terminal_text_is_aligned_and_complete(result):
 
 
 def test_the_csv_opens_in_a_spreadsheet_without_running_anything(result):
-    rows = list(csv.DictReader(io.StringIO(load_report.csv(result(command="=HYPERLINK(1)")))))
+    rows = list(csv.DictReader(io.StringIO(report.csv(report_of(result(command="=HYPERLINK(1)"))))))
     assert [row["method"] for row in rows] == ["flora", "flora", "bmm-lora", "bmm-lora"]
     assert all(row["command"] == "'=HYPERLINK(1)" for row in rows) and float(rows[0]["ttft_s.p50"]) == pytest.approx(0.2)
 
@@ -173,7 +174,9 @@ def test_a_result_without_a_finished_request_still_makes_every_report(result):
     nothing = LoadResult.of([], LoadSettings(Traffic(), ("flora",)), {"code": Engine()}, "c")
     for found in (empty, nothing):
         assert "no request finished" in load_report.headline(found)
-        assert load_report.text(found) and load_report.html_page(found) and isinstance(load_report.csv(found), str)
+        for suffix in (".html", ".md", ".csv", ".jsonl"):
+            assert isinstance(report.render(report_of(found), f"load{suffix}"), str)
+        assert report.text(report_of(found))
 
 
 # -------------------------------------------------------------------------------------------------------------- charts

@@ -9,6 +9,8 @@ import pytest
 from fake_serving import ServingEngine, adapters
 
 from flora.errors import RequestError
+from profiling import report
+from profiling.load_report import LEFT_TO_JSON
 from profiling.load_result import LoadResult
 from profiling.load_runs import LoadProgress, LoadSettings, MethodRun, run_load, servable_by
 from profiling.saturation import Saturation
@@ -144,7 +146,7 @@ def test_a_result_holds_all_that_is_needed_to_read_and_repeat_it(engine):
     assert sum(counts["requests"] for counts in flora.adapters["code"].values()) == 60
     assert 0.5 < flora.hit_rate <= 1.0 and flora.queue["max"] >= flora.queue["p99"] >= 0
     assert len(result.ratios("bmm-lora")) == 2 and all(ratio > 0 for ratio in result.ratios("bmm-lora"))
-    rows = [json.loads(line) for line in result.to_jsonl().splitlines()]
+    rows = [json.loads(line) for line in report.lines_of(result.to_rows()).splitlines()]
     assert [(row["method"], row["kind"]) for row in rows] == [
         ("flora", "code"), ("flora", "all"), ("bmm-lora", "code"), ("bmm-lora", "all"),
     ]  # fmt: skip
@@ -153,7 +155,7 @@ def test_a_result_holds_all_that_is_needed_to_read_and_repeat_it(engine):
             assert row[name] not in (None, {}, []), name
         assert row["rate"] == 400.0 and row["concurrency"] is None and row["planned_requests"] == 30
         assert len({len(series) for series in row["timeline"].values()}) == 1 <= len(row["timeline"]["time_s"])
-    frame, requests = result.to_frame(), result.requests_frame()
+    frame, requests = report.frame(result.to_rows(), LEFT_TO_JSON), result.requests_frame()
     assert len(frame) == 4 and "ttft_s.p99" in frame and "timeline.time_s" not in frame
     assert len(requests) == 120 and set(requests["method"]) == {"flora", "bmm-lora"} and (requests["outcome"] == "finished").all()
 
@@ -162,7 +164,7 @@ def test_infinite_numbers_are_words_in_a_row(engine):
     settings = replace(SETTINGS, methods=("base",), traffic=replace(SETTINGS.traffic, rate=math.inf, burstiness=math.inf))
     runs, _ = measured(engine, settings)
     result = LoadResult.of(runs, settings, {"code": engine}, "c")
-    row = json.loads(result.to_jsonl().splitlines()[0])
+    row = json.loads(report.lines_of(result.to_rows()).splitlines()[0])
     assert row["rate"] == row["burstiness"] == "inf" and row["ranks"] == []
     assert result.late_s("base") is None
 
@@ -186,4 +188,4 @@ def test_a_long_timeline_keeps_few_moments(engine):
 
 def test_no_run_is_an_empty_result(engine):
     result = LoadResult.of([], SETTINGS, {"code": engine}, "c")
-    assert result.methods == {} and result.to_jsonl() == "" and not result.interrupted and len(result.requests_frame()) == 0
+    assert result.methods == {} and result.to_rows() == [] and not result.interrupted and len(result.requests_frame()) == 0

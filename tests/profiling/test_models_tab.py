@@ -464,7 +464,7 @@ def test_a_model_waits_for_the_comparisons_before_it_and_a_visitor_who_leaves_lo
     go_on, asked = threading.Event(), Request("x", max_new_tokens=3)
     device.start(lambda: iter([go_on.wait(20)]))
     loading, before = ModelDesk(own, device, options).load(OWNER, "as started:code", "no", "auto", "pretrained"), own["code"]
-    assert next(loading) == "in line for the device, 1 run ahead"
+    assert next(loading) == "measuring, 1 ahead of you"
     loading.close()
     run = device.start(lambda: compare(own, [asked], ("flora", "base"), warmup_steps=0))
     go_on.set()

@@ -12,10 +12,11 @@ from fake_serving import ServingEngine, adapters
 from plotly.offline import get_plotlyjs
 
 from flora.errors import RequestError
-from profiling import sweep, sweep_report
+from profiling import report, sweep, sweep_report
 from profiling.load_metrics import figures_of
 from profiling.load_runs import LoadSettings
 from profiling.sweep import THROUGHPUT, Sweep, SweepPoint, SweepResult, SweepSettings, crossover
+from profiling.sweep_report import report_of
 from profiling.traffic import Lengths, Prompt, Prompts, Traffic
 
 SOURCE = Prompts(str.split, " ".join, 99, [Prompt(f"prompt {n}", 2, 3) for n in range(5)])
@@ -56,7 +57,7 @@ def test_every_rank_is_measured_in_turn_with_adapters_of_its_own(engine):
     assert all(point.figures.outcomes == {"finished": 8} and point.value > 0 for point in result.points)
     assert {event.num_runs for event in events} == {12} and [event.run for event in events] == sorted(event.run for event in events)
     assert events[-1].run == 11 and not result.interrupted and result.capacity is None
-    rows = [json.loads(line) for line in result.to_jsonl().splitlines()]
+    rows = [json.loads(line) for line in report.lines_of(result.rows).splitlines()]
     assert [(row["rank"], row["measures"], row["rate"]) for row in rows[:6:2]] == [
         (1, "throughput", "inf"), (1, "latency", 200.0), (1, "latency", 100.0),
     ]  # fmt: skip
@@ -189,10 +190,10 @@ def test_the_table_has_a_line_per_rank_and_method_and_marks_what_is_over_saturat
     heads, lines = sweep_report.table(result)
     assert heads == ["rank", "method", "tokens/s", "s/token at 8/s"] and len(lines) == 6
     assert lines[0] == ["1", "fLoRA", "400", "0.1000"] and lines[4] == ["16", "fLoRA", "50", "3.0000 *"]
-    text = sweep_report.text(result)
+    text = report.text(report_of(result))
     assert "* over-saturated" in text and "3 random adapters of each rank" in text and text.endswith(result.command)
     missing = replace(result, points=result.points[:1])
-    assert sweep_report.table(missing)[1] == [["1", "fLoRA", "400", "–"]] and "* over" not in sweep_report.text(missing)
+    assert sweep_report.table(missing)[1] == [["1", "fLoRA", "400", "–"]] and "* over" not in report.text(report_of(missing))
 
 
 def test_the_chart_has_every_methods_own_look(result):
@@ -210,9 +211,9 @@ def test_the_chart_has_every_methods_own_look(result):
 
 
 def test_the_page_is_whole_and_harmless_and_the_csv_runs_nothing(result):
-    page = sweep_report.html_page(result)
+    page = report.html_page(report_of(result))
     own = page.replace(get_plotlyjs(), "")
     assert own.count("Plotly.newPlot") == 2 and "alert(1)</script>" not in own and "http" not in own
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page) and "&lt;/script&gt;" in own
-    assert next(csv.DictReader(io.StringIO(sweep_report.csv(result))))["command"] == "'=1+1"
-    assert sweep_report.html_page(replace(result, points=(), rows=()))
+    assert next(csv.DictReader(io.StringIO(report.csv(report_of(result)))))["command"] == "'=1+1"
+    assert report.html_page(report_of(replace(result, points=(), rows=())))

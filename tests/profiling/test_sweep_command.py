@@ -98,7 +98,7 @@ def test_rows_on_standard_output_stay_alone_there_and_an_interrupt_keeps_them(ar
         (["--new-tokens", "9000"], "ask for shorter"),
         (["--popularity", "fame"], "popularity"),
         (["--repeats", "0"], "repeat"),
-        (["--report", "page.md"], ".html"),
+        (["--report", "page.pdf"], "choose .html"),
         (["--json", "no/such/rows.jsonl"], "cannot write"),
         (["--csv", "no/such/rows.csv"], "cannot write"),
         (["--code-model", "nowhere"], "nowhere"),
