@@ -54,6 +54,11 @@ const zoomed = (layout) => {
   if (zoom.revision !== layout.uirevision) zoom = { revision: layout.uirevision, ranges: {} };
   return merge(layout, Object.fromEntries(Object.entries(zoom.ranges).map(([axis, range]) => [axis, { range: [...range] }])));
 };
+// Before the first point the axes are but a guess, and a box drawn there would hide what comes.
+const still = (data, layout) => {
+  if (data.some((trace) => trace.x?.length !== 0)) return layout;
+  return merge(layout, { xaxis: { fixedrange: true }, yaxis: { fixedrange: true } });
+};
 // Plotly's own button to share a chart would send its data to another host. Where no axis can be zoomed there is nothing to undo.
 const config = (plotly, layout) => ({
   displaylogo: false, responsive: true, displayModeBar: 'hover', doubleClick: false, showSendToCloud: false,
@@ -75,7 +80,7 @@ const draw = async () => {
     if (figure !== props.value || dragging) return;
     // Plotly writes into what it is given: hand it a copy, gradio compares the original with the next value.
     const { data, layout } = JSON.parse(JSON.stringify(figure));
-    await plotly.react(host, data, zoomed(themed(layout)), config(plotly, layout));
+    await plotly.react(host, data, still(data, zoomed(themed(layout))), config(plotly, layout));
     if (!listening) {
       listening = true;
       host.on('plotly_relayout', keepZoom);

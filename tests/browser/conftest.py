@@ -17,6 +17,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -68,6 +69,8 @@ def app_url(chromium_path, tmp_path_factory) -> Iterator[str]:
         port = probe.getsockname()[1]
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(folder / "uploads"), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, str(ROOT / "app.py"), "--host", "127.0.0.1", "--port", str(port)]
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:  # another one has a server and a browser on the same processors
+        command += ["--threads", "1"]
     command += shlex.split(os.environ.get("FLORA_APP_ARGUMENTS", ""))
     log = folder / "log.txt"
     with log.open("w") as output:
@@ -114,9 +117,9 @@ def browser(chromium_path):
         browser.close()
 
 
-@pytest.fixture
-def open_page(browser, app_url):
-    """open_page(theme, width, height) -> a page on the app; at the end: no console error, no request to another host."""
+@contextmanager
+def visits(browser, app_url: str) -> Iterator:
+    """visit(theme, width, height) -> a page on the app; at the end: no console error, no request to another host."""
     complaints: list[str] = []
     contexts = []
 
@@ -142,6 +145,20 @@ def open_page(browser, app_url):
     for context in contexts:
         context.close()
     assert not complaints, complaints
+
+
+@pytest.fixture
+def open_page(browser, app_url):
+    """open_page(theme, width, height) -> a page of the test's own."""
+    with visits(browser, app_url) as visit:
+        yield visit
+
+
+@pytest.fixture(scope="module")
+def shared_page(browser, app_url):
+    """One page for those tests of a file that find on it what they need wherever the others left it: opening one takes seconds."""
+    with visits(browser, app_url) as visit:
+        yield visit()
 
 
 def _foreign(url: str, app_url: str, complaints: list[str]) -> None:

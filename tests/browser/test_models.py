@@ -11,7 +11,6 @@ from browser.conftest import ROOT
 from browser.test_page import choose, clear_batch, entries, outputs, press_run, scrolls_sideways, wait_until_ended
 
 ADAPTER = ROOT / "assets" / "adapters" / "code" / "lua" / "flora"
-STATE = "#adapter-status .status.done, #adapter-status .status.failed"
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +34,15 @@ def add(page, tag: str, file) -> str:
     page.locator('#adapter-files input[type="file"]').set_input_files(str(file))
     page.locator("#adapter-files .file-preview").wait_for()
     page.locator("#adapter-tag input").fill(tag)
+    words = page.locator("#adapter-status .words")
+    before = words.text_content()  # what was said to the last file, which stands there until this one is begun
     page.locator("#adapter-add").click()
-    page.locator("#adapter-status .status.running").wait_for(state="hidden")
-    page.locator(STATE).wait_for()
-    return page.locator("#adapter-status .words").inner_text()
+    page.wait_for_function(
+        """before => document.querySelector('#adapter-status .words').textContent !== before
+        && document.querySelector('#adapter-status .status').matches('.done, .failed')""",
+        arg=before,
+    )
+    return words.inner_text()
 
 
 def tags(page) -> list[str]:

@@ -108,11 +108,13 @@ def rows(number: int) -> list[int]:
 # -------------------------------------------------------------------------------------------------------------- decode
 
 
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize(
-    "n, d_in, d_out, split_k",
-    [(1, 1, 1, 1), (3, 16, 257, 1), (7, 129, 33, 2), (16, 257, 16, 3), (33, 33, 129, 1), (7, 128, 40, 2)],
+    "n, d_in, d_out, split_k, conv1d",
+    [
+        *((1, 1, 1, 1, False), (3, 16, 257, 1, True), (7, 129, 33, 2, False), (7, 129, 33, 2, True)),
+        *((16, 257, 16, 3, True), (33, 33, 129, 1, False), (7, 128, 40, 2, True)),
+    ],
     ids=str,
 )
 def test_decode_with_ranks_mixed(n, d_in, d_out, split_k, kind, conv1d):
@@ -155,11 +157,13 @@ def test_factors_of_higher_precision_than_the_layer():
 # ------------------------------------------------------------------------------------------------------------ modulate
 
 
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize(
-    "slots, l, d_in, d_out",
-    [([0], 1, 1, 1), (rows(7), 1, 129, 33), ([3, 0, 3, 8], 10, 33, 257), ([5, 2, 5, 0, 5], 8, 128, 16)],
+    "slots, l, d_in, d_out, conv1d",
+    [
+        *(([0], 1, 1, 1, False), (rows(7), 1, 129, 33, False), (rows(7), 1, 129, 33, True)),
+        *(([3, 0, 3, 8], 10, 33, 257, True), ([5, 2, 5, 0, 5], 8, 128, 16, False)),
+    ],
     ids=str,
 )
 def test_modulate_segments_of_1_to_40_tokens(slots, l, d_in, d_out, kind, conv1d):

@@ -122,7 +122,6 @@ BROKEN = {
 @pytest.mark.parametrize("how", BROKEN)
 def test_broken_folders(how, checkpoints, tmp_path):
     folder = Path(shutil.copytree(checkpoints["code"].model, tmp_path / "my-model"))
-    load_model(folder, device="cpu")
     damage, message = BROKEN[how]
     damage(folder)
     assert_refused(f"^model my-model.*{message}", folder, device="cpu")

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,14 +165,15 @@ def test_cancel_before_while_and_after_it_runs(make, monkeypatch, tiny_engines):
     assert engine.snapshot().num_cancelled == 2
 
 
-def test_leaving_the_iteration_early_cancels(make):
+def test_leaving_the_iteration_early_cancels(make, monkeypatch):
     engine = make()
-    ticket = engine.submit(ask(length=80))
+    held = Held(engine, monkeypatch)
+    ticket = engine.submit(ask())
     for event in ticket:
-        if event.num_new_tokens == 2:
-            break
-    until(lambda: ticket.state == "done")
-    assert ticket.completion.finish_reason == "cancelled" and 2 <= len(ticket.token_ids) < 80
+        assert event.num_new_tokens == 1
+        break
+    held.let_go()
+    assert ticket.result(PATIENCE_S).finish_reason == "cancelled" and 1 <= len(ticket.token_ids) < 8
 
 
 # -------------------------------------------------------------------------------------------------------- too late, busy
@@ -179,13 +181,14 @@ def test_leaving_the_iteration_early_cancels(make):
 
 def test_deadlines_of_requests_that_wait_and_that_run(make, monkeypatch):
     engine = make(max_batch_size=1)
-    held = Held(engine, monkeypatch)
-    runs = engine.submit(ask("def g("), deadline_s=0.2)
-    waits, later = engine.submit(ask(), deadline_s=0.2), engine.submit(ask(), deadline_s=60)
+    held, late_s = Held(engine, monkeypatch), 0.0
+    monkeypatch.setattr(server, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late_s))
+    runs = engine.submit(ask("def g("), deadline_s=60)
+    waits, later = engine.submit(ask(), deadline_s=60), engine.submit(ask(), deadline_s=600)
     until(lambda: runs.token_ids)
-    time.sleep(0.25)
+    late_s = 90.0
     held.let_go()
-    with pytest.raises(DeadlineError, match=r"^the request had [12] tokens after 0\.\d s, its deadline: allow it more time$"):
+    with pytest.raises(DeadlineError, match=r"^the request had [12] tokens after \d{2,3}\.\d s, its deadline: allow it more time$"):
         runs.result(PATIENCE_S)
     with pytest.raises(DeadlineError, match="had 0 tokens"):
         waits.result(PATIENCE_S)
@@ -385,7 +388,12 @@ def test_closing_fails_by_name_what_takes_too_long(make, monkeypatch):
     held = Held(engine, monkeypatch)
     runs, waits = engine.submit(ask("def g(", "aa")), engine.submit(ask(adapter="bb"))
     until(lambda: runs.token_ids)
-    threading.Timer(0.1, held.let_go).start()
+
+    def let_go_too_late() -> None:
+        until(lambda: engine._server._closing_s is not None and time.perf_counter() >= engine._server._closing_s)
+        held.let_go()
+
+    threading.Thread(target=let_go_too_late).start()
     engine.close(0.02)
     for ticket in (runs, waits):
         with pytest.raises(ServingError, match="shut down before the request was done"):
@@ -399,7 +407,12 @@ def test_a_list_that_was_taken_is_finished_while_the_engine_shuts_down(make, mon
     generating = threading.Thread(target=lambda: answers.extend(engine.generate([ask(), ask(adapter="aa")])))
     generating.start()
     until(lambda: engine.snapshot().running == 2)
-    threading.Timer(0.05, held.let_go).start()
+
+    def let_go_in_time() -> None:
+        until(lambda: engine._server._closing_s is not None)
+        held.let_go()
+
+    threading.Thread(target=let_go_in_time).start()
     engine.close(PATIENCE_S)
     generating.join(PATIENCE_S)
     assert [len(completion.token_ids) for completion in answers] == [8, 8]
@@ -436,8 +449,9 @@ def test_a_forked_process_serves_on_its_own(make, tiny_engines):
     """Forked while requests run: the child has neither them nor their pins, and the parent goes on."""
     engine = make(adapter_slots=2)
     (expected,) = tokens(tiny_engines, ask(adapter="cc"))
-    tickets = [engine.submit(ask(adapter=tag, length=60)) for tag in ("aa", "bb")]
-    until(lambda: all(ticket.state == "running" for ticket in tickets))
+    with engine.exclusive():  # both are there when the first step begins
+        tickets = [engine.submit(ask(adapter=tag, length=60)) for tag in ("aa", "bb")]
+    until(lambda: all(ticket.token_ids for ticket in tickets))
     child = os.fork()
     if child == 0:  # no assertion may leave this branch
         try:
@@ -469,8 +483,9 @@ def test_a_step_that_breaks_fails_what_ran_by_name_and_the_engine_goes_on(make, 
 
     monkeypatch.setattr(core_class, "step", faulty)
     events: list[object] = []
-    tickets = [engine.submit(ask(adapter=tag)) for tag in ("aa", "bb", "cc")]
-    listening = engine.submit(ask(), listener=events.append)
+    with engine.exclusive():  # all are there when the first step begins
+        tickets = [engine.submit(ask(adapter=tag)) for tag in ("aa", "bb", "cc")]
+        listening = engine.submit(ask(), listener=events.append)
     for ticket in [*tickets, listening]:
         with pytest.raises(ServingError, match=r"^the engine failed while the request ran \(KeyError\): send it again$"):
             ticket.result(PATIENCE_S)
@@ -562,8 +577,9 @@ def test_two_engines_on_one_device_take_turns(checkpoints, tiny_engines, monkeyp
             return decode(*args)
 
         monkeypatch.setattr(engine.runner, "decode", watched)
-    tickets = [engine.submit(ask(adapter="aa", length=30)) for engine in engines]
     (expected,) = tokens(tiny_engines, ask(adapter="aa", length=30))
+    with engines[0].exclusive():  # the device's, not the engine's: both have their request when the first step begins
+        tickets = [engine.submit(ask(adapter="aa", length=30)) for engine in engines]
     assert [ticket.result(PATIENCE_S).token_ids for ticket in tickets] == [expected, expected]
     switches = sum(a != b for a, b in zip(steps, steps[1:], strict=False))
     assert switches > 20, f"they do not take turns: {switches} switches in {len(steps)} steps"
@@ -595,11 +611,12 @@ def test_an_end_that_a_fault_kept_from_its_caller_is_told_all_the_same(checkpoin
         tell(self, told)
 
     monkeypatch.setattr(server.Server, "_tell", breaks_once)
-    tickets = [engine.submit(Request("x", max_new_tokens=count)) for count in (2, 40)]
-    assert len(tickets[0].result(30).token_ids) == 2 and broken
+    with engine.exclusive():  # both are there when the first step begins, so the first one ends while the second runs
+        tickets = [engine.submit(ask(length=count)) for count in (2, 8)]
+    assert len(tickets[0].result(PATIENCE_S).token_ids) == 2 and broken
     with pytest.raises(ServingError, match="the engine failed while the request ran"):
-        tickets[1].result(30)
-    assert engine.generate([Request("x", max_new_tokens=2)])[0].finish_reason == "length"
+        tickets[1].result(PATIENCE_S)
+    assert engine.generate([ask(length=2)])[0].finish_reason == "length"
     engine.close(0)
 
 

@@ -107,8 +107,11 @@ def narrow(monkeypatch) -> None:
         monkeypatch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
-@pytest.mark.parametrize("name", ["starcoderbase-1b", "llama-2-7b", "qwen2.5-coder-1.5b", "whisper-large-v3"])
+@pytest.mark.parametrize(
+    ("name", "quantize"),
+    [(name, None) for name in ("starcoderbase-1b", "llama-2-7b", "qwen2.5-coder-1.5b", "whisper-large-v3")]
+    + [("starcoderbase-1b", "int8"), ("llama-2-7b", "nf4"), ("qwen2.5-coder-1.5b", "int8"), ("whisper-large-v3", "nf4")],
+)
 def test_random_weights_of_a_known_model_serve_adapters_without_the_hub(name, quantize, narrow, clips):
     engine = Engine.from_pretrained(name, device="cpu", weights="random", quantize=quantize, max_batch_size=4)
     assert (engine.name, engine.weights, engine.quantize) == (name, "random", quantize)

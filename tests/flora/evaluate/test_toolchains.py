@@ -59,17 +59,12 @@ WRONG = {
     "py": "assert 1 + 1 == 3",
 }
 BROKEN = dict.fromkeys(RECIPES, ")(") | {"rkt": "#lang racket\n)("}
-LOOP = {
-    "d": "void main() { while (true) {} }",
-    "pl": "while (1) {}",
-    "rb": "loop {}",
+LOOP = {  # each takes its second of processor time; Python's is among `test_sandbox`'s outcomes
     "rs": "fn main() { loop {} }",
     "rkt": "#lang racket\n(let loop () (loop))",
     "swift": "while true {}",
     "jl": "while true end",
-    "lua": "while true do end",
     "r": "while (TRUE) {}",
-    "py": "while True: pass",
 }
 GIGABYTE = {
     "d": "void main() { auto held = new ubyte[1 << 30]; held[] = 1; }",
@@ -155,7 +150,7 @@ def test_the_corpus_passes_with_its_reference_and_not_without(grade, tag):
     assert not wrong.passed
 
 
-@languages
+@pytest.mark.parametrize("tag", LOOP)
 def test_a_loop_without_end_is_a_timeout(grade, tag):
     assert grade(LOOP[tag]).outcome == "timeout"
 
