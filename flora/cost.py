@@ -1,4 +1,4 @@
-"""What each method costs, before it runs: multiply-adds and bytes, and which of fLoRA's two exact forms is cheaper.
+"""What each method costs, before it runs: multiply-adds and bytes, the paper's Eq. 7, and which of fLoRA's exact forms is cheaper.
 
 For rows that share one adapter of rank r, t tokens in all, and a layer of d_in × d_out (two exact forms):
 
@@ -11,6 +11,7 @@ The common factor d_in · d_out drops out: what decides is rows, rank, and how m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 MULTIPLY_ADDS_PER_BYTE = {("cpu", 4): 3.0, ("cpu", 2): 40.0, ("cuda", 4): 8.0, ("cuda", 2): 40.0}
@@ -39,6 +40,48 @@ def multiply_adds(form: str, tokens: int, rank: int, d_in: int, d_out: int) -> i
     if form in ("bmm-lora", "loop-lora", "sgmv-lora"):
         return tokens * d_in * d_out + rank * tokens * (d_in + d_out)
     raise KeyError(form)
+
+
+def work(
+    form: str,
+    rows: int,
+    length: int,
+    rank: int,
+    adapters: int,
+    d_in: int,
+    d_out: int,
+    element_size: int,
+    weight_element_size: int | None = None,
+) -> tuple[float, float]:
+    """Bytes that must move at least, and operations (multiplications and additions), of one call of one layer.
+
+    rows of `length` tokens each, adapters distinct ones of one rank among them; form: as `multiply_adds` takes it. What must move
+    is the weight, the input, the output and the adapters' factors, each once; what a form writes and reads again is its own.
+    """
+    num_bytes = d_in * d_out * (weight_element_size or element_size)
+    num_bytes += element_size * (rows * length + adapters * rank) * (d_in + d_out)
+    each, one_more = divmod(rows, adapters)  # rows of an adapter; so many have one more
+    multiplied = one_more * multiply_adds(form, (each + 1) * length, rank, d_in, d_out)
+    multiplied += (adapters - one_more) * multiply_adds(form, each * length, rank, d_in, d_out)
+    return float(num_bytes), 2.0 * multiplied
+
+
+def eq7_seconds(method: str, tokens: int, rank: int, d_in: int, d_out: int, c1: float, c2: float) -> float:
+    """Seconds of "flora" or "bmm-lora" by the paper's Eq. 7. c2: of a multiply-add of the shared product, c1: of one of bmm.
+
+    With d_in = d_out = d: c2 · r · tokens · d² and 2 · c1 · d · tokens · r + c2 · tokens · d².
+    """
+    if method == "flora":
+        return c2 * rank * tokens * d_in * d_out
+    if method == "bmm-lora":
+        return c1 * (d_in + d_out) * tokens * rank + c2 * tokens * d_in * d_out
+    raise KeyError(method)
+
+
+def eq7_crossover(d_in: int, d_out: int, c1: float, c2: float) -> float:
+    """The rank at which both cost the same by Eq. 7, 2 · c1 / (d · c2) + 1 / r = 1; infinite where fLoRA is always cheaper."""
+    saved = c1 * (d_in + d_out) / (c2 * d_in * d_out)
+    return 1 / (1 - saved) if saved < 1 else math.inf
 
 
 def cheaper_form(tokens_and_ranks: Iterable[tuple[int, int]], element_size: int, device_type: str) -> str:

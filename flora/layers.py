@@ -147,7 +147,7 @@ class AdaptedLinear(nn.Module):
         """
         weight = self.base.weight
         if type(self.base) is nn.Linear and weight.device.type == "cpu" and weight.dtype == torch.float32:
-            weight.data = weight.data.T.contiguous().T
+            weight.data = stored_by_input(weight.data)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, {self.name}"
@@ -169,6 +169,11 @@ def is_black_box(layer: nn.Module) -> bool:
 def features_of(layer: nn.Module) -> tuple[int, int]:
     """d_in and d_out."""
     return tuple(layer.weight.shape) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+
+
+def stored_by_input(weight: Tensor) -> Tensor:
+    """weight (d_out, d_in) with each input's column in one piece."""
+    return weight.T.contiguous().T
 
 
 def weight_of(layer: nn.Module) -> Tensor:

@@ -12,8 +12,10 @@ import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
     GPTBigCodeConfig,
     LlamaConfig,
@@ -23,10 +25,13 @@ from transformers import (
     Qwen2Config,
     WhisperConfig,
     WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
     WhisperProcessor,
     WhisperTokenizer,
 )
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+from flora.layers import features_of, is_adaptable
 
 
 def _starcoder(width: int, layers: int) -> GPTBigCodeConfig:
@@ -80,6 +85,29 @@ SHAPES: Mapping[str, Callable[[], PreTrainedConfig]] = {
     "openai/whisper-large-v3": lambda: _whisper_large(128, 51866),
 }
 """Hub id → the configuration with that model's shapes."""
+
+
+def layer_widths(name: str) -> dict[str, tuple[int, int]]:
+    """The linear layers of one block of a model of known shapes, "c_attn" → (d_in, d_out), without its output head.
+
+    name: its hub id. A Whisper's encoder and decoder have layers of the same names and widths.
+    """
+    config = SHAPES[name]()
+    for count in ("n_layer", "num_hidden_layers", "encoder_layers", "decoder_layers"):
+        if hasattr(config, count):
+            setattr(config, count, 1)
+    build = WhisperForConditionalGeneration if config.model_type == "whisper" else AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        model = build(config)
+    head = model.get_output_embeddings()
+    linear = {path: module for path, module in model.named_modules() if is_adaptable(module) and module is not head}
+    return {_shortest(path, linear): features_of(module) for path, module in linear.items()}
+
+
+def _shortest(path: str, paths: Mapping[str, Any]) -> str:
+    """The last part of a layer's name; its last two where another layer has the same last and other widths."""
+    same = {features_of(module) for other, module in paths.items() if other.rpartition(".")[2] == path.rpartition(".")[2]}
+    return ".".join(path.split(".")[-1 if len(same) == 1 else -2 :])
 
 
 def generation_of(config: PreTrainedConfig) -> GenerationConfig:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -31,6 +32,8 @@ from profiling import hardware, report
 from profiling.document import text_table
 from profiling.loading import set_threads
 from profiling.timing import median, synchronise
+
+Row = TypeVar("Row")
 
 REPEATS = 7
 MIN_CPU_BUFFER, MIN_GPU_BUFFER = 128 << 20, 1 << 30  # bytes
@@ -100,7 +103,7 @@ def measure(device: torch.device, clock: Callable[[], float] = time.perf_counter
         if on_gpu:
             rates["int8"], widths["int8"] = _int8_rate(timer)
     return Peaks(
-        **_identity(device),
+        **identity_of(device),
         copy_bytes_per_s=2 * size / copy_s,
         copy_buffer_bytes=size,
         cache_bytes=cache_bytes,
@@ -112,7 +115,7 @@ def measure(device: torch.device, clock: Callable[[], float] = time.perf_counter
     )
 
 
-def _identity(device: torch.device) -> dict:
+def identity_of(device: torch.device) -> dict:
     """What a measurement holds for: the fields of `Peaks` that are known before."""
     on_gpu = device.type == "cuda"
     return {
@@ -131,6 +134,11 @@ def _memory(device: torch.device) -> tuple[int | None, int, int]:
         return facts.L2_cache_size, facts.total_memory, torch.cuda.mem_get_info(device)[0]
     memory = psutil.virtual_memory()
     return _last_cache(), memory.total, memory.available
+
+
+def last_cache_bytes() -> int:
+    """Of a CPU; a guess where the system does not tell."""
+    return _last_cache() or UNKNOWN_CACHE
 
 
 def _last_cache() -> int | None:
@@ -215,33 +223,40 @@ def cache_folder() -> Path | None:
 
 def peaks(device: torch.device, fresh: bool = False, clock: Callable[[], float] = time.perf_counter) -> Peaks:
     """What was measured on this machine before, or what is measured now. fresh: measure in any case."""
-    identity, folder = _identity(device), cache_folder()
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    file = None if folder is None else folder / f"peaks-{digest}.json"
-    kept = None if fresh or file is None else _read(file)
-    if kept is not None and identity.items() <= kept.as_row().items():
-        return kept
-    measured = measure(device, clock)
+    return kept("peaks", identity_of(device), Peaks, partial(measure, device, clock), fresh)
+
+
+def kept(name: str, identity: dict, made_of: type[Row], measure_anew: Callable[[], Row], fresh: bool = False) -> Row:
+    """What was measured before for the same identity, which is a part of its row, or what is measured now and kept.
+
+    made_of: has `as_row` and `of_row`, which raises ValueError for what is no such row.
+    """
+    digest, folder = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16], cache_folder()
+    file = None if folder is None else folder / f"{name}-{digest}.json"
+    found = None if fresh or file is None else _read(file, made_of)
+    if found is not None and identity.items() <= found.as_row().items():
+        return found
+    measured = measure_anew()
     if file is not None:
-        _write(file, measured)
+        _write(file, measured.as_row())
     return measured
 
 
-def _read(file: Path) -> Peaks | None:
+def _read(file: Path, made_of: type[Row]) -> Row | None:
     """None where there is nothing, or nothing that can be used."""
     try:
-        return Peaks.of_row(json.loads(file.read_text(encoding="utf-8")))
+        return made_of.of_row(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
 
 
-def _write(file: Path, measured: Peaks) -> None:
+def _write(file: Path, row: dict) -> None:
     """As a whole or not at all; without a folder that can be written to, it is measured again the next time."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
         with os.fdopen(handle, "w", encoding="utf-8") as part:
-            json.dump(measured.as_row(), part)
+            json.dump(row, part)
         os.replace(name, file)
     except OSError:
         return

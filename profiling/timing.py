@@ -5,6 +5,7 @@ interval.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,27 +61,73 @@ def timed(function: Callable[[], Result], device: torch.device) -> tuple[Result,
             gc.enable()
 
 
-def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], seed: int = 0) -> Ratio | None:
+def paired_ratio(
+    numerator: Sequence[float], denominator: Sequence[float], seed: int = 0, groups: Sequence[int] | None = None
+) -> Ratio | None:
     """The median of numerator[i] / denominator[i] with its interval; None without a pair.
 
-    numerator, denominator: (n,) seconds, where entry i of both was measured back to back. The interval is the 2.5th to
-    the 97.5th percentile of the medians of `NUM_RESAMPLES` resamples of the n ratios. It treats the pairs as
-    independent, and says nothing about a run on another machine or another day.
+    numerator, denominator: (n,) seconds, where entry i of both was measured back to back, in the order of time. groups: as
+    `median_interval` takes them. It says nothing about a run on another machine or another day.
     """
     if len(numerator) != len(denominator):
         raise ValueError(f"pairs need two equally long series, not {len(numerator)} and {len(denominator)} entries")
     if not len(numerator):
         return None
     ratios = np.asarray(numerator, dtype=np.float64) / np.asarray(denominator, dtype=np.float64)  # (n,)
-    random = np.random.default_rng(seed)
-    n = len(ratios)
+    return Ratio(*median_interval(ratios, seed, groups), n=len(ratios))
+
+
+def median_interval(values: Sequence[float], seed: int = 0, groups: Sequence[int] | None = None) -> tuple[float, float, float]:
+    """The median of values, (n,) in the order of time, and its 95 % bootstrap interval: (median, low, high).
+
+    The ends are the 2.5th and 97.5th percentile of the medians of `NUM_RESAMPLES` resamples. What is resampled are blocks of
+    neighbours, the longer the more alike neighbours are: what disturbs one step often disturbs the next one too. groups: (n,), which
+    values were measured under the same circumstances, such as one repeat with its own caches in memory; with two or more, groups are
+    resampled first, so that the interval tells how far they are apart.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if groups is not None:
+        order = np.argsort(groups, kind="stable")
+        values, sizes = values[order], np.unique(np.asarray(groups)[order], return_counts=True)[1]
+    else:
+        sizes = np.array([len(values)])
+    random, block = np.random.default_rng(seed), _block_length(values, sizes)
     medians = np.empty(NUM_RESAMPLES)
-    chunk = max(1, _RESAMPLED_AT_ONCE // n)
+    chunk = max(1, _RESAMPLED_AT_ONCE // len(values))
     for first in range(0, NUM_RESAMPLES, chunk):
         rows = min(chunk, NUM_RESAMPLES - first)
-        medians[first : first + rows] = np.median(ratios[random.integers(0, n, (rows, n))], axis=1)
+        medians[first : first + rows] = np.median(values[_resample(random, rows, sizes, block)], axis=1)
     low, high = np.quantile(medians, (0.025, 0.975))
-    return Ratio(median=float(np.median(ratios)), low=float(low), high=float(high), n=n)
+    return float(np.median(values)), float(low), float(high)
+
+
+def _block_length(values: np.ndarray, sizes: np.ndarray) -> int:
+    """Of the moving block bootstrap: Carlstein's rule for an autoregression of first order, of ranks, so that no spike decides."""
+    starts = np.cumsum(sizes) - sizes
+    before, after = [], []
+    for start, size in zip(starts, sizes, strict=True):
+        ranks = np.argsort(np.argsort(values[start : start + size])) - (size - 1) / 2
+        before.append(ranks[:-1])
+        after.append(ranks[1:])
+    before, after = np.concatenate(before), np.concatenate(after)
+    spread = math.sqrt(float(before @ before) * float(after @ after))
+    if spread == 0:
+        return 1
+    likeness = min(0.95, max(0.0, float(before @ after) / spread))
+    length = (2 * likeness / (1 - likeness**2)) ** (2 / 3) * len(values) ** (1 / 3)
+    return int(min(max(1, round(length)), max(1, sizes.min() // 3)))
+
+
+def _resample(random: np.random.Generator, rows: int, sizes: np.ndarray, block: int) -> np.ndarray:
+    """Places of values, (rows, n): groups drawn with replacement, and of each as many values as the one in its place has, by blocks."""
+    starts = np.cumsum(sizes) - sizes
+    parts = []
+    for size in sizes:
+        drawn = random.integers(0, len(sizes), rows)  # (rows,) of groups
+        firsts = random.integers(0, sizes[drawn][:, None], (rows, -(-size // block)))  # (rows, blocks)
+        places = (firsts[:, :, None] + np.arange(block)).reshape(rows, -1)[:, :size]
+        parts.append(starts[drawn][:, None] + places % sizes[drawn][:, None])
+    return np.concatenate(parts, axis=1)
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

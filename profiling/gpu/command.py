@@ -25,8 +25,8 @@ from profiling import hardware, peaks, report
 from profiling.document import text_table
 from profiling.gpu import kernel_check, layers, models, promises
 from profiling.gpu.budget import Budget
-from profiling.gpu.problem import GATHERED
 from profiling.gpu.session import Session
+from profiling.problem import GATHERED
 
 WEIGHTS = {"kernels": 1.5, "layers": 2.5, "models": 6.0}
 """Of each part's share of the time."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flora.layers import product_of
 from flora.ops import expand_around
-from profiling.gpu.problem import Problem
+from profiling.problem import Problem
 
 EIGHT_BIT = "flora-expand, bitsandbytes' layer"
 

@@ -10,11 +10,8 @@ import torch
 
 from flora.ops import FAMILY
 from profiling.gpu.budget import Budget
-from profiling.gpu.problem import Problem
 from profiling.gpu.session import Session
-
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
-"""Largest |error| as a share of Σ |terms|: a few roundings of the dtype."""
+from profiling.problem import TOLERANCE, Problem
 
 RANKS = (0, 1, 2, 3, 4, 5, 6, 7, 8)  # by slot; slot 0 is the identity
 LARGE_RANKS = (0, 16, 64, 1, 128)

@@ -8,21 +8,20 @@ does next to nothing. A method that cannot be captured is timed as the host laun
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
-from flora.cost import multiply_adds
-from flora.engine.graphs import CudaCapture
+from flora.cost import work
 from profiling.gpu.budget import Budget, Pace
 from profiling.gpu.int8_reference import EIGHT_BIT, eight_bit_call
-from profiling.gpu.problem import GATHERED, Problem
 from profiling.gpu.session import Session, ratio_row
-from profiling.timing import median, quantiles, timed
+from profiling.problem import GATHERED, Problem
+from profiling.rounds import WARMUP_ROUNDS, Rounds, captured
+from profiling.timing import median, quantiles
 
 METHODS = ("base", "flora", "flora-expand", "flora-modulate", "bmm-lora", GATHERED, "loop-lora", "sgmv-lora")
 NOTHING = "nothing"
@@ -32,10 +31,9 @@ RANKS = (1, 4, 16, 2, 8, 64, 32)
 BATCHES = (1, 8, 32, 4, 64, 16, 2)
 PREFILL_BATCHES = (4, 1, 16)
 PREFILL_TOKENS = 512  # of each row, which has an adapter of its own
-FEWEST_ROUNDS, MOST_ROUNDS, WARMUP_ROUNDS = 9, 40, 2
+FEWEST_ROUNDS, MOST_ROUNDS = 9, 40
 DRY_ROUNDS = 2
 MAX_EXPANDED_TOKENS = 1 << 15  # beyond, the expanded form of a prefill takes seconds and gigabytes
-FLUSHED_BYTES = 256 << 20  # at least; several times the L2 of any GPU, and a head start for the host
 
 
 @dataclass(frozen=True)
@@ -77,47 +75,11 @@ def tiny_points() -> list[LayerPoint]:
     ]
 
 
-class Rounds:
-    """Calls in turn, round after round, each timed by itself. warmup: rounds before them, not counted."""
-
-    def __init__(self, device: torch.device, warmup: int = WARMUP_ROUNDS) -> None:
-        self.device, self.warmup = device, warmup
-        self._flushed: Tensor | None = None
-        if device.type == "cuda":
-            size = max(FLUSHED_BYTES, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
-            self._flushed = torch.zeros(size // 4, device=device)
-
-    def seconds(self, calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-        """(rounds,) seconds of each."""
-        taken: dict[str, list[float]] = {name: [] for name in calls}
-        events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        for round_number in range(-self.warmup, rounds):
-            for name, call in calls.items():
-                if self._flushed is None:
-                    _, seconds = timed(call, self.device)
-                    taken[name] += [seconds] if round_number >= 0 else []
-                    continue
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self._flushed.sum()  # read, not written: what is dirty would be written back on the next call's time
-                begin.record()
-                call()
-                end.record()
-                if round_number >= 0:
-                    events.append((name, begin, end))
-        if events:
-            torch.cuda.synchronize(self.device)
-        for name, begin, end in events:
-            taken[name].append(begin.elapsed_time(end) / 1000)
-        return taken
-
-
 def work_of(point: LayerPoint, method: str, computed_as: str) -> tuple[float, float]:
     """Bytes that must move at least, and operations, of a method that is computed as another one or its own."""
-    numbers = 2 * point.width * point.batch * point.tokens  # x and y
-    numbers += 0 if method == "base" else 2 * point.width * point.batch * point.rank  # A and B
-    weight_bytes = point.width**2 * (1 if point.kind == "int8" else 2)
-    operations = 2 * point.batch * multiply_adds(computed_as, point.tokens, point.rank, point.width, point.width)
-    return weight_bytes + 2.0 * numbers, float(operations)
+    rank, weight_size = 0 if method == "base" else point.rank, 1 if point.kind == "int8" else 2
+    shape = (point.batch, point.tokens, rank, point.batch, point.width, point.width)
+    return work(computed_as, *shape, element_size=2, weight_element_size=weight_size)
 
 
 def measure(session: Session, kernels: ModuleType, budget: Budget) -> Iterator[list[dict]]:
@@ -150,8 +112,8 @@ def _measure_point(
             expands = method in ("flora-expand", EIGHT_BIT) and problem.form_of(method) is None
             if call is None or (expands and point.rank * point.batch * point.tokens > MAX_EXPANDED_TOKENS):
                 continue
-            calls[method], launched[method] = _captured(call, session.device)
-        calls[NOTHING], _ = _captured(partial(torch.zeros(1, device=session.device).add_, 1.0), session.device)
+            calls[method], launched[method] = captured(call, session.device)
+        calls[NOTHING], _ = captured(partial(torch.zeros(1, device=session.device).add_, 1.0), session.device)
         started = time.perf_counter()
         seconds = rounds.seconds(calls, repeats)
         repeats_s = time.perf_counter() - started
@@ -194,14 +156,3 @@ def _measure_point(
             )
         )
     return rows, repeats_s
-
-
-def _captured(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], str]:
-    """A call to repeat, and how it is launched: by a "graph", or "eager" where there are none or it cannot be captured."""
-    call()  # compiles its kernels
-    if device.type != "cuda":
-        return call, "eager"
-    try:
-        return CudaCapture(device)(call).replay, "graph"
-    except RuntimeError:  # what waits for the device cannot be captured; the row says that it was not
-        return call, "eager"

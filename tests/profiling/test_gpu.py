@@ -20,7 +20,7 @@ import torch
 
 from flora import Request
 from flora.errors import RequestError
-from profiling import peaks
+from profiling import peaks, rounds
 from profiling.__main__ import main
 from profiling.gpu import layers, models, promises
 from profiling.gpu.adapters import add_random_copies
@@ -344,9 +344,9 @@ def test_on_a_gpu_times_are_those_of_events_around_each_call(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    rounds = layers.Rounds(torch.device("cpu"))
-    rounds._flushed = Buffer()
-    seconds = rounds.seconds({"one": lambda: takes(2.0), "other": lambda: takes(5.0)}, 3)
+    turns = rounds.Rounds(torch.device("cpu"))
+    turns._flushed = Buffer()
+    seconds = turns.seconds({"one": lambda: takes(2.0), "other": lambda: takes(5.0)}, 3)
     assert seconds == {"one": [0.002] * 3, "other": [0.005] * 3}
 
 
@@ -362,13 +362,13 @@ def test_what_cannot_be_captured_is_launched_and_says_so(monkeypatch):
     def waits() -> str:
         return "launched"
 
-    monkeypatch.setattr(layers, "CudaCapture", capture)
+    monkeypatch.setattr(rounds, "CudaCapture", capture)
     gpu = torch.device("cuda")
-    call, how = layers._captured(waits, gpu)
+    call, how = rounds.captured(waits, gpu)
     assert (call(), how) == ("launched", "eager")
-    call, how = layers._captured(lambda: "launched", gpu)
+    call, how = rounds.captured(lambda: "launched", gpu)
     assert (call(), how) == ("replayed", "graph")
-    assert layers._captured(waits, torch.device("cpu"))[1] == "eager"
+    assert rounds.captured(waits, torch.device("cpu"))[1] == "eager"
 
 
 def test_a_model_that_cannot_be_measured_is_told_of_and_the_others_are(tmp_path, monkeypatch):

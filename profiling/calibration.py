@@ -1,0 +1,208 @@
+"""What the stages of `profiling.cost_model` take on this machine: every kind of stage over a few sizes, measured once and kept.
+
+Some ten seconds for a dtype. The widths are powers of two and none that a known model has, so that what is predicted for a model's
+layer was never measured itself. Weights take turns, as in `profiling.problem`: each product finds its weight in memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from flora.ops import merge_flora
+from profiling import peaks
+from profiling.cost_model import TABLES, MachineCosts, Table
+from profiling.problem import num_copies
+from profiling.rounds import Rounds, captured
+
+REPEATS = 9
+QUANTILE = 0.25  # of the repeats: what is kept for long should not remember a moment in which the machine did something else
+LONGEST_S = 0.1  # a stage that takes so long is not measured at larger sizes: it goes on in proportion
+
+PRODUCT_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PRODUCT_WIDTHS = (256, 1024, 3584)
+MODULATION_RANKS = (1, 4, 16, 64)
+THIN_TOKENS = (1, 4, 16, 64)
+THIN_RANKS = (1, 4, 16, 64)
+THIN_WIDTHS = (512, 2048, 8192)
+BATCHED_ROWS = 8
+PASS_NUMBERS = (1 << 12, 1 << 15, 1 << 18, 1 << 21, 1 << 24)
+PASS_WIDTH = 4096
+PASS_RANK = 4
+VERSION = 1  # of what is measured: another one is another calibration
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`MachineCosts`, what it holds for, and how long it took."""
+
+    identity: dict
+    costs: MachineCosts
+    repeats: int
+
+    def as_row(self) -> dict:
+        """A record; `Calibration.of_row` reads it back."""
+        return {**self.identity, "repeats": self.repeats, "costs": asdict(self.costs)}
+
+    @classmethod
+    def of_row(cls, row: dict) -> Calibration:
+        """From `as_row`; ValueError for anything that no calibration gives."""
+        try:
+            identity = {name: value for name, value in row.items() if name not in ("repeats", "costs")}
+            costs = dict(row["costs"])
+            rows = costs.pop("tables").items()
+            tables = {name: Table(tuple(map(tuple, row["axes"])), tuple(row["seconds"])) for name, row in rows}
+            return cls(identity, MachineCosts(**costs, tables=tables), row["repeats"])
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError("this is no calibration") from error
+
+
+def machine_costs(device: torch.device, dtype: torch.dtype, fresh: bool = False) -> MachineCosts:
+    """What was measured on this machine before, or what is measured now, which takes some ten seconds. fresh: in any case."""
+    identity = _identity(device, dtype)
+    return peaks.kept("costs", identity, Calibration, partial(measure, device, dtype), fresh).costs
+
+
+def _identity(device: torch.device, dtype: torch.dtype) -> dict:
+    return peaks.identity_of(device) | {"dtype": str(dtype).removeprefix("torch."), "version": VERSION}
+
+
+def measure(device: torch.device, dtype: torch.dtype, repeats: int = REPEATS) -> Calibration:
+    """Measure every kind of stage anew."""
+    limits, identity = peaks.peaks(device), _identity(device, dtype)
+    stages = _Stages(device, dtype, repeats)
+    with torch.inference_mode():
+        tables = {name: stages.table(name) for name in TABLES}
+    costs = MachineCosts(
+        device=device.type,
+        dtype=identity["dtype"],
+        element_size=dtype.itemsize,
+        copy_bytes_per_s=limits.copy_bytes_per_s,
+        matrix_flops_per_s=limits.matrix_flops_per_s[identity["dtype"]],
+        launch_s=limits.launch_s,
+        tables=tables,
+    )
+    return Calibration(identity, costs, repeats)
+
+
+class _Stages:
+    """Every kind of stage as a call for given sizes, and the seconds that it takes."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, repeats: int) -> None:
+        self.device, self.dtype, self.repeats = device, dtype, repeats
+        self._rounds = Rounds(device)
+
+    def table(self, name: str) -> Table:
+        """Measured over the sizes of AXES."""
+        axes, call_of = AXES[name], getattr(self, name.replace(" ", "_"))
+        seconds: dict[tuple[float, ...], float] = {}
+        for sizes in itertools.product(*axes):
+            if (smaller := self._too_long(seconds, axes, sizes)) is not None:
+                # In proportion to what is larger, as `Table` goes on.
+                seconds[sizes] = seconds[smaller] * math.prod(size / less for size, less in zip(sizes, smaller, strict=True))
+                continue
+            call, _ = captured(call_of(*sizes), self.device)
+            seconds[sizes] = float(np.quantile(self._rounds.seconds({name: call}, self.repeats)[name], QUANTILE))
+        return Table(axes, tuple(seconds[sizes] for sizes in itertools.product(*axes)))
+
+    def _too_long(self, seconds: dict, axes: tuple, sizes: tuple) -> tuple | None:
+        """The neighbour that is smaller in one size and took too long already; None where there is none."""
+        for place, axis in enumerate(axes):
+            index = axis.index(sizes[place])
+            if index and seconds[smaller := (*sizes[:place], axis[index - 1], *sizes[place + 1 :])] > LONGEST_S:
+                return smaller
+        return None
+
+    def _ones(self, *shape: int) -> Tensor:
+        """Numbers of no importance, but no denormal ones."""
+        return torch.ones(*shape, dtype=self.dtype, device=self.device)
+
+    def product(self, rows: int, numbers: int) -> Callable[[], Tensor]:
+        x, weights = self._ones(1, rows, math.isqrt(numbers)), self._weights(numbers)
+        return lambda: linear(x, next(weights))
+
+    def _weights(self, numbers: int) -> Iterator[Tensor]:
+        """Copies of a weight in turn, each laid out as the engine has it."""
+        width = math.isqrt(numbers)
+        copies = self._ones(num_copies(numbers * self.dtype.itemsize, self.device), width, width)
+        by_input = self.device.type == "cpu" and self.dtype == torch.float32
+        return itertools.cycle([weight.T if by_input else weight for weight in copies])
+
+    def modulation(self, rank: int, numbers: int) -> Callable[[], Tensor]:
+        width, weights = math.isqrt(numbers), self._weights(numbers)
+        a, b = self._ones(1, rank, width), self._ones(1, rank, width)
+        return lambda: merge_flora(next(weights), a, b)
+
+    def batched_down(self, tokens: int, rank: int, numbers: int) -> Callable[[], Tensor]:
+        width = numbers // BATCHED_ROWS
+        x, a = self._ones(BATCHED_ROWS, tokens, width), self._ones(BATCHED_ROWS, rank, width)
+        return lambda: torch.bmm(x, a.transpose(1, 2))
+
+    def batched_up(self, tokens: int, rank: int, numbers: int) -> Callable[[], Tensor]:
+        width = numbers // BATCHED_ROWS
+        y, h = self._ones(BATCHED_ROWS, tokens, width), self._ones(BATCHED_ROWS, tokens, rank)
+        b = self._ones(BATCHED_ROWS, rank, width)
+        return lambda: torch.baddbmm(y, h, b)
+
+    def down(self, tokens: int, rank: int, width: int) -> Callable[[], Tensor]:
+        x, a = self._ones(1, tokens, width), self._ones(rank, width)
+        return lambda: x @ a.T
+
+    def up(self, tokens: int, rank: int, width: int) -> Callable[[], Tensor]:
+        h, b = self._ones(1, tokens, rank), self._ones(rank, width)
+        return lambda: h @ b
+
+    def gather(self, numbers: int) -> Callable[[], Tensor]:
+        rows = self._ones(numbers // PASS_WIDTH, PASS_WIDTH)
+        places = torch.arange(rows.shape[0], device=self.device)
+        return lambda: rows.index_select(0, places)
+
+    def copies(self, numbers: int) -> Callable[[], Tensor]:
+        x, a = self._expanded(numbers)
+        return lambda: x[:, :1] * a
+
+    def scale(self, numbers: int) -> Callable[[], Tensor]:
+        expanded, b = self._expanded(numbers)
+        return lambda: expanded.mul_(b)
+
+    def sum(self, numbers: int) -> Callable[[], Tensor]:
+        expanded, _ = self._expanded(numbers)
+        return lambda: expanded.sum(1)
+
+    def scatter(self, numbers: int) -> Callable[[], Tensor]:
+        y, added = self._ones(numbers // PASS_WIDTH, 1, PASS_WIDTH), self._ones(numbers // PASS_WIDTH, 1, PASS_WIDTH)
+        places = torch.arange(y.shape[0], device=self.device)
+        return lambda: y.index_add_(0, places, added)
+
+    def _expanded(self, numbers: int) -> tuple[Tensor, Tensor]:
+        """Copies of a few rows, and factors for them: (rows, rank, tokens, width) and (rows, rank, 1, width)."""
+        expanded_rows = numbers // PASS_WIDTH
+        rank = min(PASS_RANK, expanded_rows)
+        rows = min(BATCHED_ROWS, expanded_rows // rank)
+        shape = (rows, rank, expanded_rows // rank // rows, PASS_WIDTH)
+        return self._ones(*shape), self._ones(rows, rank, 1, PASS_WIDTH)
+
+
+_BATCHED = tuple(BATCHED_ROWS * width for width in THIN_WIDTHS)
+AXES = {
+    "product": (PRODUCT_ROWS, tuple(width**2 for width in PRODUCT_WIDTHS)),
+    "modulation": (MODULATION_RANKS, tuple(width**2 for width in PRODUCT_WIDTHS)),
+    "batched down": (THIN_TOKENS, THIN_RANKS, _BATCHED),
+    "batched up": (THIN_TOKENS, THIN_RANKS, _BATCHED),
+    "down": (THIN_TOKENS, THIN_RANKS, THIN_WIDTHS),
+    "up": (THIN_TOKENS, THIN_RANKS, THIN_WIDTHS),
+    "gather": (PASS_NUMBERS,),
+    "copies": (PASS_NUMBERS,),
+    "scale": (PASS_NUMBERS,),
+    "sum": (PASS_NUMBERS,),
+    "scatter": (PASS_NUMBERS,),
+}
+"""The sizes that are measured, of every kind of stage."""
