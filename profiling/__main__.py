@@ -21,6 +21,8 @@ COMMANDS = {
     "serving": "profiling.serving",
     "soak": "profiling.soak",
     "hardware": "profiling.peaks",
+    "oplab": "profiling.op_lab_command",
+    "agreement": "profiling.agreement",
     "gpu": "profiling.gpu.command",
 }
 """Sub-command → the module whose `run(options)` does it, imported once it is asked for."""
@@ -68,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_serving(commands)
     _add_soak(commands)
     _add_hardware(commands)
+    _add_op_lab(commands)
+    _add_agreement(commands)
     _add_gpu(commands)
     return parser
 
@@ -348,6 +352,50 @@ def _add_hardware(commands: argparse._SubParsersAction) -> None:
     limits.add_argument("--device", default="auto", help="auto, cpu, cuda; default: auto")
     limits.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads; default: torch's own choice")
     limits.add_argument("--json", metavar="FILE", help="write a JSONL row")
+
+
+def _add_op_lab(commands: argparse._SubParsersAction) -> None:
+    lab = commands.add_parser(
+        "oplab",
+        help="one layer at true widths: every method in turn, beside float64, what the machine allows and what was predicted",
+        description="Measure every method on one layer of a known model, or of free widths, without any weights. The first time on "
+        "a machine, what its stages take is measured too, some ten seconds for a dtype, and kept in the user's cache folder. "
+        "Without options: StarCoderBase-1B's c_attn, eight rows decoding. Exit 1 where a method is wrong.",
+    )
+    layer = lab.add_argument_group("layer")
+    layer.add_argument("--model", metavar="NAME", help="such as starcoder, starcoderbase-1b, llama-2-7b, whisper-large-v3")
+    layer.add_argument("--layer", metavar="NAME", help="such as c_attn or q_proj; default: the model's first")
+    layer.add_argument("--d-in", type=int, metavar="D", help="free widths, instead of a model")
+    layer.add_argument("--d-out", type=int, metavar="D")
+    batch = lab.add_argument_group("batch")
+    batch.add_argument("--rows", type=int, default=8, metavar="N", help="default: 8")
+    batch.add_argument("--length", type=int, default=1, metavar="N", help="tokens of each row, 1 is a decode step; default: 1")
+    batch.add_argument("--rank", type=int, default=4, metavar="R", help="default: 4")
+    batch.add_argument("--adapters", type=int, metavar="N", help="distinct ones among the rows; default: one for each")
+    batch.add_argument("--dtype", default="float32", help="float32, bfloat16, float16; default: float32")
+    measuring = lab.add_argument_group("measuring")
+    measuring.add_argument("--methods", nargs="+", metavar="METHOD", help="beside the bare layer; default: all")
+    measuring.add_argument("--grid", action="store_true", help="many points: are predictions right, and are winners named")
+    measuring.add_argument("--dry-run", action="store_true", help="print what is predicted, and measure nothing")
+    measuring.add_argument("--seconds", type=float, default=1.2, metavar="N", help="of a point's timed calls; default: 1.2")
+    measuring.add_argument("--fresh", action="store_true", help="measure anew what the machine's stages take")
+    measuring.add_argument("--seed", type=int, default=0, metavar="N")
+    measuring.add_argument("--device", default="auto", help="auto, cpu, cuda; default: auto")
+    measuring.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads; default: torch's own choice")
+    lab.add_argument("--json", metavar="FILE", help="write a JSONL row per method and point; - for standard output")
+
+
+def _add_agreement(commands: argparse._SubParsersAction) -> None:
+    agreement = commands.add_parser(
+        "agreement",
+        help="the same comparison many times: how often do two runs agree within their intervals",
+        description="Run the same measurement again and again, each time in a process of its own, and say how often the intervals "
+        "of two runs' ratios overlap. Exit 1 where they do less often than is promised. What is run: a small batch of the embedded "
+        "code model, and layers of the Op lab; or what stands behind --.",
+    )
+    agreement.add_argument("--pairs", type=int, default=10, metavar="N", help="of runs, of each measurement; default: 10")
+    agreement.add_argument("--json", metavar="FILE", help="write a JSONL row per ratio and pair")
+    agreement.add_argument("words", nargs="*", metavar="-- WORDS", help="such as: -- compare --repeats 5")
 
 
 def _add_gpu(commands: argparse._SubParsersAction) -> None:

@@ -1,14 +1,14 @@
 """What the stages of `profiling.cost_model` take on this machine: every kind of stage over a few sizes, measured once and kept.
 
 Some ten seconds for a dtype. The widths are powers of two and none that a known model has, so that what is predicted for a model's
-layer was never measured itself. Weights take turns, as in `profiling.problem`: each product finds its weight in memory.
+layer was never measured itself. Products find their weight in memory, other stages what they work on in the cache, as in a step.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from flora.layers import stored_by_input
 from flora.ops import merge_flora
 from profiling import peaks
 from profiling.cost_model import TABLES, MachineCosts, Table
-from profiling.problem import num_copies
-from profiling.rounds import Rounds, captured
+from profiling.rounds import Rounds, captured, stays_cached
 
 REPEATS = 9
 QUANTILE = 0.25  # of the repeats: what is kept for long should not remember a moment in which the machine did something else
@@ -34,6 +34,7 @@ THIN_TOKENS = (1, 4, 16, 64)
 THIN_RANKS = (1, 4, 16, 64)
 THIN_WIDTHS = (512, 2048, 8192)
 BATCHED_ROWS = 8
+OF_WEIGHTS = ("product", "modulation")  # stages that find what they read in memory, as `profiling.rounds` has it
 PASS_NUMBERS = (1 << 12, 1 << 15, 1 << 18, 1 << 21, 1 << 24)
 PASS_WIDTH = 4096
 PASS_RANK = 4
@@ -98,7 +99,7 @@ class _Stages:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, repeats: int) -> None:
         self.device, self.dtype, self.repeats = device, dtype, repeats
-        self._rounds = Rounds(device)
+        self._warm, self._cold = Rounds(device), Rounds(device, cold=True)
 
     def table(self, name: str) -> Table:
         """Measured over the sizes of AXES."""
@@ -110,7 +111,9 @@ class _Stages:
                 seconds[sizes] = seconds[smaller] * math.prod(size / less for size, less in zip(sizes, smaller, strict=True))
                 continue
             call, _ = captured(call_of(*sizes), self.device)
-            seconds[sizes] = float(np.quantile(self._rounds.seconds({name: call}, self.repeats)[name], QUANTILE))
+            cold = name in OF_WEIGHTS and not stays_cached(sizes[-1] * self.dtype.itemsize, self.device)
+            taken = (self._cold if cold else self._warm).seconds({name: call}, self.repeats)[name]
+            seconds[sizes] = float(np.quantile(taken, QUANTILE))
         return Table(axes, tuple(seconds[sizes] for sizes in itertools.product(*axes)))
 
     def _too_long(self, seconds: dict, axes: tuple, sizes: tuple) -> tuple | None:
@@ -126,20 +129,18 @@ class _Stages:
         return torch.ones(*shape, dtype=self.dtype, device=self.device)
 
     def product(self, rows: int, numbers: int) -> Callable[[], Tensor]:
-        x, weights = self._ones(1, rows, math.isqrt(numbers)), self._weights(numbers)
-        return lambda: linear(x, next(weights))
+        x, weight = self._ones(1, rows, math.isqrt(numbers)), self._weight(numbers)
+        return lambda: linear(x, weight)
 
-    def _weights(self, numbers: int) -> Iterator[Tensor]:
-        """Copies of a weight in turn, each laid out as the engine has it."""
-        width = math.isqrt(numbers)
-        copies = self._ones(num_copies(numbers * self.dtype.itemsize, self.device), width, width)
-        by_input = self.device.type == "cpu" and self.dtype == torch.float32
-        return itertools.cycle([weight.T if by_input else weight for weight in copies])
+    def _weight(self, numbers: int) -> Tensor:
+        """Laid out as the engine has it."""
+        weight = self._ones(math.isqrt(numbers), math.isqrt(numbers))
+        return stored_by_input(weight) if self.device.type == "cpu" and self.dtype == torch.float32 else weight
 
     def modulation(self, rank: int, numbers: int) -> Callable[[], Tensor]:
-        width, weights = math.isqrt(numbers), self._weights(numbers)
+        width, weight = math.isqrt(numbers), self._weight(numbers)
         a, b = self._ones(1, rank, width), self._ones(1, rank, width)
-        return lambda: merge_flora(next(weights), a, b)
+        return lambda: merge_flora(weight, a, b)
 
     def batched_down(self, tokens: int, rank: int, numbers: int) -> Callable[[], Tensor]:
         width = numbers // BATCHED_ROWS

@@ -3,8 +3,8 @@
 A method is a few stages, such as gathering factors, scaling copies of the input and one product with the weight. Each of them moves
 bytes and does operations, and takes max(bytes / bandwidth, operations / rate) and a launch. Neither bandwidth nor rate is one
 number: a product of one row runs at a small part of the rate of one of a thousand rows, and a pass over what fits into a cache at
-several times the memory's bandwidth. So `profiling.calibration` measures every kind of stage over a few sizes, once for a machine, and
-`Table` reads the sizes between them off. No shape of a real model is among the measured ones.
+several times the memory's bandwidth. So `profiling.calibration` measures every kind of stage over a few sizes, once for a machine,
+and `Table` reads the sizes between them off. No shape of a real model is among the measured ones.
 
 The paper's own model, Eq. 7, has two numbers, c1 and c2 (`coefficients`). Both models are held against measurements by
 `python -m profiling oplab --grid`.

@@ -1,8 +1,8 @@
 """One layer at true widths: every method in turn on the same batch, beside float64, the machine's limits and what was predicted.
 
-A layer needs no weights of a model, only its widths: random numbers take the same time. Methods take turns, each call with the
-next copy of the weight (`profiling.problem`), and each call is timed by itself. A method whose calls would take too long or need too
-much memory is left out, and says so; a layer that does not fit at all is an error.
+A layer needs no weights of a model, only its widths: random numbers take the same time. Methods take turns, each call with
+caches flushed (`profiling.rounds`), and each call is timed by itself. A method whose calls would take too long or need too much
+memory is left out, and says so; a layer that does not fit at all is an error.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from flora.ops import FAMILY
 from flora.shapes import layer_widths
 from profiling import hardware
 from profiling.cost_model import METHODS, LayerShape, MachineCosts, Prediction, crossover, eq7, eq7_crossover_of, predict
-from profiling.problem import TOLERANCE, Problem, num_copies
-from profiling.rounds import Rounds, captured
+from profiling.problem import TOLERANCE, Problem
+from profiling.rounds import Rounds, captured, stays_cached
 from profiling.timing import Ratio, median, median_interval, paired_ratio, quantiles
 
 BUDGET_S = 1.2  # of the timed calls of a point
@@ -136,7 +136,7 @@ class OpLabResult:
     rounds: int
     layouts: int
     checked_outputs: int
-    copies: int
+    cached: bool
     costs: MachineCosts
     environment: dict
     command: str
@@ -172,7 +172,7 @@ class OpLabResult:
             "seed": setting.seed,
             "rounds": self.rounds,
             "layouts": self.layouts,
-            "copies": self.copies,
+            "cached": self.cached,
             "checked_outputs": self.checked_outputs,
             "first": self.first,
             "predicted_crossover": self.crossover,
@@ -230,8 +230,9 @@ def measure(
     Raises RequestError for a method that there is none of, and where the bare layer does not fit into memory or time.
     """
     methods = checked_methods(methods)
-    kept, left_out, copies = _that_fit(methods, setting, device, costs, budget_s)
-    problem = _problem(setting, device, copies)
+    kept, left_out = _that_fit(methods, setting, device, costs, budget_s)
+    problem = _problem(setting, device)
+    rounds = Rounds(device, warmup=0, cold=not is_cached(setting.shape, costs, device))
     taken: dict[str, list[float]] = {method: [] for method in kept}
     groups: list[int] = []  # of each round, its layout
     with torch.inference_mode():
@@ -239,7 +240,6 @@ def measure(
         started, layout = time.perf_counter(), 0
         while layout < LAYOUTS:
             calls, launched = _calls(problem, kept, device)
-            rounds = Rounds(device, warmup=0)
             rounds.seconds(calls, 1)
             until = started + budget_s * (layout + 1) / LAYOUTS
             done = 0
@@ -260,8 +260,13 @@ def measure(
     }
     facts = hardware.environment() | {"device": device.type, "device_name": hardware.device_name(device)}
     facts["implementation"] = backend.implementation(device.type)
-    counts = (len(groups), LAYOUTS, checked_outputs, copies)
+    counts = (len(groups), LAYOUTS, checked_outputs, is_cached(setting.shape, costs, device))
     return OpLabResult(setting, first, points, left_out, *counts, costs, facts, command)
+
+
+def is_cached(shape: LayerShape, costs: MachineCosts, device: torch.device) -> bool:
+    """Whether the weight is so small that it is left in the cache."""
+    return stays_cached(shape.weight_numbers * costs.element_size, device)
 
 
 def checked_methods(methods: Sequence[str]) -> tuple[str, ...]:
@@ -274,19 +279,18 @@ def checked_methods(methods: Sequence[str]) -> tuple[str, ...]:
 
 def _that_fit(
     methods: Sequence[str], setting: Setting, device: torch.device, costs: MachineCosts, budget_s: float
-) -> tuple[list[str], dict[str, str], int]:
-    """The methods that are measured, why others are not, and copies of the weight; RequestError where not even two are."""
+) -> tuple[list[str], dict[str, str]]:
+    """The methods that are measured, and why others are not; RequestError where not even two are."""
     shape, size = setting.shape, costs.element_size
     weight_bytes = size * shape.weight_numbers
-    copies = num_copies(weight_bytes, device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    room = MEMORY_SHARE * free - weight_bytes * (copies + 1)  # one more while it is laid out anew
+    room = MEMORY_SHARE * free - 2 * weight_bytes  # two while it is laid out anew
     seconds = {method: predict(method, shape, costs).seconds for method in methods}
     left_out: dict[str, str] = {}
     for method in methods:
         needed = size * _numbers_held(predict(method, shape, costs).form, shape)
         if needed > room:
-            left_out[method] = f"it would need {(needed + weight_bytes * (copies + 1)) / 2**30:.1f} GiB, more than may be used here"
+            left_out[method] = f"it would need {(needed + 2 * weight_bytes) / 2**30:.1f} GiB, more than may be used here"
     most_s = LONGEST_ROUND * budget_s
     while sum(seconds[method] for method in methods if method not in left_out) > most_s:
         slowest = max((method for method in methods if method not in left_out), key=seconds.__getitem__)
@@ -295,7 +299,7 @@ def _that_fit(
     if "base" not in kept or len(kept) < min(2, len(methods)):
         why = next(iter(left_out.values()))
         raise RequestError(f"{setting.name} with {shape.tokens} tokens does not fit: {why}; take fewer tokens or a smaller layer")
-    return kept, {method: left_out[method] for method in methods if method in left_out}, copies
+    return kept, {method: left_out[method] for method in methods if method in left_out}
 
 
 def _numbers_held(form: str, shape: LayerShape) -> int:
@@ -310,19 +314,19 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
-def _problem(setting: Setting, device: torch.device, copies: int) -> Problem:
+def _problem(setting: Setting, device: torch.device) -> Problem:
     shape = setting.shape
     slots = [1 + row % shape.adapters for row in range(shape.rows)]
     ranks = [0, *[shape.rank] * shape.adapters]  # slot 0 is the identity
     sizes = (shape.length, shape.d_in, shape.d_out)
-    return Problem(backend.kernels_on(device.type), device, setting.dtype, slots, *sizes, ranks, setting.seed, copies)
+    return Problem(backend.kernels_on(device.type), device, setting.dtype, slots, *sizes, ranks, setting.seed)
 
 
 def _calls(problem: Problem, methods: Sequence[str], device: torch.device) -> tuple[dict[str, Callable], dict[str, str]]:
     """Each method as a call to repeat, and how it is launched."""
     calls, launched = {}, {}
     for method in methods:
-        calls[method], launched[method] = captured(problem.turns_of(method), device)
+        calls[method], launched[method] = captured(problem.call_of(method), device)
     return calls, launched
 
 

@@ -1,13 +1,10 @@
 """One layer and a batch for it: random numbers, every method as a call, and the truth in float64.
-
-A weight lies in memory as the engine has it. `copies` of it, one after another, stand for the layers of a model: a call that meets
-the same weight again finds it in the caches, a model's step does not.
+The weight lies in memory as the engine has it.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +16,6 @@ from torch.nn.functional import linear
 
 from flora import ops
 from flora.layers import stored_by_input
-from profiling.peaks import last_cache_bytes
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
 """What a layer holds → what it computes in."""
@@ -31,22 +27,11 @@ GATHERED = "bmm-lora, factors gathered before"
 """The paper's baseline without its gather of every row's factors, which is timed apart this way."""
 
 
-CACHE_MULTIPLE = 4  # so many times the last cache all copies of a weight are, at least
-MOST_COPIES = 64
-
-
-def num_copies(weight_bytes: int, device: torch.device) -> int:
-    """Of a weight, so that none of them is in the caches when its turn comes; on a GPU one, where they are flushed."""
-    if device.type != "cpu":
-        return 1
-    return max(1, min(MOST_COPIES, -(-CACHE_MULTIPLE * last_cache_bytes() // weight_bytes)))
-
-
 class Problem:
     """A layer d_in → d_out and a batch of rows of `length` tokens, row i with the adapter in slots[i].
 
     kind: of KINDS; int8 as bitsandbytes stores it, whole numbers and a scale for each output. ranks: true rank by slot, 0 for the
-    identity. kernels: `flora.kernels`, None where PyTorch serves every method. copies: of the weight, for `turns_of`.
+    identity. kernels: `flora.kernels`, None where PyTorch serves every method.
     """
 
     def __init__(
@@ -60,7 +45,6 @@ class Problem:
         d_out: int,
         ranks: Sequence[int],
         seed: int,
-        copies: int = 1,
     ) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         self.kernels, self.dtype = kernels, KINDS[kind]
@@ -76,8 +60,6 @@ class Problem:
             self.weight = (self.weight.float() * (127 / self.scales[:, None])).round().to(torch.int8)
         elif device.type == "cpu" and self.dtype == torch.float32:
             self.weight = stored_by_input(self.weight)
-        self.weights = [self.weight, *(self.weight.clone() for _ in range(copies - 1))]
-        self._turn = itertools.cycle(range(copies))
         self.A, self.B = normal(len(ranks), stride, d_in), normal(len(ranks), stride, d_out)
         self.routing = ops.route(slots, ranks, stride, device)
         self._identities: dict[int, ops.Routing] = {}
@@ -112,21 +94,10 @@ class Problem:
         around = ops.around_function_of(method)
         return None if around is None else partial(around, self.product, self.x, self.A, self.B, routing)
 
-    def turns_of(self, method: str) -> Callable[[], Tensor] | None:
-        """`call_of`, with the next copy of the weight at every call of any method."""
-        calls = []
-        for weight in self.weights:
-            problem = copy.copy(self)
-            problem.weight = weight
-            calls.append(problem.call_of(method))
-        return None if calls[0] is None else lambda: calls[next(self._turn)]()
-
     def laid_out_anew(self) -> Problem:
         """The same numbers elsewhere in memory."""
         other = copy.copy(self)
-        other.x, other.A, other.B = self.x.clone(), self.A.clone(), self.B.clone()
-        other.weights = [weight.clone() for weight in self.weights]
-        other.weight = other.weights[0]
+        other.x, other.weight, other.A, other.B = (one.clone() for one in (self.x, self.weight, self.A, self.B))
         return other
 
     @property
@@ -146,9 +117,12 @@ class Problem:
         return y.reshape(n, length, -1)
 
     def truth(
-        self, family: str, rows: slice = slice(None), tokens: slice = slice(None), outputs: slice = slice(None)
+        self, family: str | None, rows: slice = slice(None), tokens: slice = slice(None), outputs: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
-        """The plain reference in float64 (rows, tokens, outputs), and the same of every number's absolute value."""
+        """The plain reference in float64 (rows, tokens, outputs), and the same of every number's absolute value.
+
+        family: None for the bare layer.
+        """
         A, B = self.A.double(), self.B[..., outputs].double()
         weight = self.weight[outputs].double()
         if self.scales is not None:
@@ -157,6 +131,8 @@ class Problem:
             A[slot, rank:] = B[slot, rank:] = 0.0
             if rank == 0 and family == "flora":
                 A[slot, 0] = B[slot, 0] = 1.0
+        if family is None:
+            B.zero_()  # LoRA that adds nothing
         reference = ops.flora_reference if family == "flora" else ops.lora_reference
         numbers = (self.x[rows, tokens].double(), weight, A, B)
         slots = self.routing.slots[rows]

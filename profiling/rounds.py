@@ -1,8 +1,8 @@
 """Calls that take turns, each timed by itself: on a CPU as the host calls them, on a GPU as device events see them replayed.
 
-On a GPU a call is captured in a CUDA graph, so that the host's time is in no number, and what other calls left in the L2 cache is
-flushed before each. On a CPU nothing is flushed: `Problem` has several copies of its weight instead, so that each call finds
-another one in memory, as the layers of a model follow one another, while what a call itself works with stays in the cache.
+On a GPU a call is captured in a CUDA graph, so that the host's time is in no number. What other calls left in the last cache is
+flushed before each, the weight among it, as the other layers of a model do: without that, a call of a small layer would find its
+weight in the cache, and the call after one that writes much would wait for that to reach memory.
 """
 
 from __future__ import annotations
@@ -13,20 +13,28 @@ import torch
 from torch import Tensor
 
 from flora.engine.graphs import CudaCapture
+from profiling import peaks
 from profiling.timing import timed
 
 WARMUP_ROUNDS = 2
+CPU_CACHE_MULTIPLE = 2
+CACHED_LAYERS = 64  # a model of so many layers that fits into the last cache stays there
 FLUSHED_BYTES = 256 << 20  # at least; several times the L2 of any GPU, and a head start for the host
 
 
 class Rounds:
-    """Calls in turn, round after round, each timed by itself. warmup: rounds before them, not counted."""
+    """Calls in turn, round after round, each timed by itself.
 
-    def __init__(self, device: torch.device, warmup: int = WARMUP_ROUNDS) -> None:
-        self.device, self.warmup = device, warmup
+    warmup: rounds before them, not counted. cold: flush the last cache before each call; None: on a GPU.
+    """
+
+    def __init__(self, device: torch.device, warmup: int = WARMUP_ROUNDS, cold: bool | None = None) -> None:
+        self.device, self.warmup, self._by_events = device, warmup, device.type == "cuda"
         self._flushed: Tensor | None = None
-        if device.type == "cuda":
-            size = max(FLUSHED_BYTES, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+        if self._by_events if cold is None else cold:
+            size = CPU_CACHE_MULTIPLE * peaks.last_cache_bytes()
+            if self._by_events:
+                size = max(FLUSHED_BYTES, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
             self._flushed = torch.zeros(size // 4, device=device)
 
     def seconds(self, calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -35,12 +43,13 @@ class Rounds:
         events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         for round_number in range(-self.warmup, rounds):
             for name, call in calls.items():
-                if self._flushed is None:
+                if self._flushed is not None:
+                    self._flushed.sum()  # read, not written: what is dirty would be written back on the next call's time
+                if not self._by_events:
                     _, seconds = timed(call, self.device)
                     taken[name] += [seconds] if round_number >= 0 else []
                     continue
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self._flushed.sum()  # read, not written: what is dirty would be written back on the next call's time
                 begin.record()
                 call()
                 end.record()
@@ -51,6 +60,11 @@ class Rounds:
         for name, begin, end in events:
             taken[name].append(begin.elapsed_time(end) / 1000)
         return taken
+
+
+def stays_cached(weight_bytes: int, device: torch.device) -> bool:
+    """Whether a weight is so small that it is in the cache when its turn comes, as in a small model: then nothing is flushed."""
+    return device.type == "cpu" and CACHED_LAYERS * weight_bytes <= peaks.last_cache_bytes()
 
 
 def captured(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], str]:

@@ -81,9 +81,9 @@ def median_interval(values: Sequence[float], seed: int = 0, groups: Sequence[int
     """The median of values, (n,) in the order of time, and its 95 % bootstrap interval: (median, low, high).
 
     The ends are the 2.5th and 97.5th percentile of the medians of `NUM_RESAMPLES` resamples. What is resampled are blocks of
-    neighbours, the longer the more alike neighbours are: what disturbs one step often disturbs the next one too. groups: (n,), which
-    values were measured under the same circumstances, such as one repeat with its own caches in memory; with two or more, groups are
-    resampled first, so that the interval tells how far they are apart.
+    neighbours, the longer the more alike neighbours are: what disturbs one step often disturbs the next one too. groups: (n,),
+    which values were measured under the same circumstances, such as one repeat with its own caches in memory; with two or more,
+    groups are resampled first, so that the interval tells how far they are apart.
     """
     values = np.asarray(values, dtype=np.float64)
     if groups is not None:
@@ -119,7 +119,7 @@ def _block_length(values: np.ndarray, sizes: np.ndarray) -> int:
 
 
 def _resample(random: np.random.Generator, rows: int, sizes: np.ndarray, block: int) -> np.ndarray:
-    """Places of values, (rows, n): groups drawn with replacement, and of each as many values as the one in its place has, by blocks."""
+    """Places of values, (rows, n): groups drawn with replacement, of each as many values as the one in its place has, by blocks."""
     starts = np.cumsum(sizes) - sizes
     parts = []
     for size in sizes:

@@ -345,7 +345,7 @@ def test_on_a_gpu_times_are_those_of_events_around_each_call(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     turns = rounds.Rounds(torch.device("cpu"))
-    turns._flushed = Buffer()
+    turns._flushed, turns._by_events = Buffer(), True
     seconds = turns.seconds({"one": lambda: takes(2.0), "other": lambda: takes(5.0)}, 3)
     assert seconds == {"one": [0.002] * 3, "other": [0.005] * 3}
 
