@@ -399,7 +399,9 @@ class _Comparison:
             return None
         own, others = self._decode_seconds(method, kinds), self._decode_seconds(reference, kinds)
         pairs = [key for key in own if key in others]
-        return paired_ratio([own[key] for key in pairs], [others[key] for key in pairs], self.seed)
+        repeat_of = {step.step: step.repeat for step in self.steps}  # each repeat has caches of its own
+        repeats = [repeat_of[step] for step, _ in pairs]
+        return paired_ratio([own[key] for key in pairs], [others[key] for key in pairs], self.seed, repeats)
 
     def _row_facts(self) -> Iterator[dict]:
         for batch in self.batches:

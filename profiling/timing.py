@@ -125,8 +125,9 @@ def _resample(random: np.random.Generator, rows: int, sizes: np.ndarray, block: 
     for size in sizes:
         drawn = random.integers(0, len(sizes), rows)  # (rows,) of groups
         firsts = random.integers(0, sizes[drawn][:, None], (rows, -(-size // block)))  # (rows, blocks)
-        places = (firsts[:, :, None] + np.arange(block)).reshape(rows, -1)[:, :size]
-        parts.append(starts[drawn][:, None] + places % sizes[drawn][:, None])
+        if block > 1:
+            firsts = (firsts[:, :, None] + np.arange(block)).reshape(rows, -1)[:, :size] % sizes[drawn][:, None]
+        parts.append(firsts + starts[drawn][:, None])
     return np.concatenate(parts, axis=1)
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiling.timing import median, paired_ratio, quantiles, timed
+from profiling.timing import median, median_interval, paired_ratio, quantiles, timed
 
 
 def test_the_ratio_is_the_median_of_pairs_not_the_ratio_of_medians():
@@ -31,6 +31,48 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         ratio = paired_ratio(1.2 * noise, np.ones(47))
         hits += ratio.low <= 1.2 <= ratio.high
     assert 0.90 <= hits / 200 <= 0.99, f"{hits} of 200 intervals hold the true ratio"
+
+
+def autocorrelated(random: np.random.Generator, n: int, likeness: float) -> np.ndarray:
+    """(n,) of an autoregression of first order: what disturbs a step disturbs the next ones too."""
+    noise, values = random.normal(0.0, 1.0, n), np.empty(n)
+    values[0] = noise[0]
+    for place in range(1, n):
+        values[place] = likeness * values[place - 1] + np.sqrt(1 - likeness**2) * noise[place]
+    return np.exp(0.1 * values)
+
+
+def test_disturbances_that_last_widen_the_interval():
+    random = np.random.default_rng(5)
+    series = [autocorrelated(random, 100, 0.6) for _ in range(100)]
+    hits = sum(low <= 1 <= high for _, low, high in map(median_interval, series))
+    alone = sum(low <= 1 <= high for _, low, high in (median_interval(random.permutation(one)) for one in series))
+    assert hits >= 82, f"{hits} of 100 intervals hold the true median"
+    assert alone <= hits - 8, "the test has something to find: neighbours taken apart, it holds far less often"
+
+
+def test_groups_that_differ_widen_the_interval_so_that_two_runs_agree():
+    random = np.random.default_rng(3)
+
+    def one_run() -> tuple[np.ndarray, list[int]]:
+        groups = np.repeat(range(3), 10)
+        return np.exp(0.02 * random.normal(0, 1, 30) + 0.1 * random.normal(0, 1, 3)[groups]), groups.tolist()
+
+    def overlaps(with_groups: bool) -> int:
+        agreeing = 0
+        for _ in range(100):
+            runs = [median_interval(values, 0, groups if with_groups else None) for values, groups in (one_run(), one_run())]
+            agreeing += runs[0][1] <= runs[1][2] and runs[1][1] <= runs[0][2]
+        return agreeing
+
+    assert overlaps(True) >= 90 and overlaps(False) < 80
+
+
+def test_groups_of_different_sizes_in_any_order():
+    values, groups = [1.0, 5.0, 1.0, 5.0, 1.0, 1.0], [0, 1, 0, 1, 0, 0]
+    assert median_interval(values, 0, groups) == (1.0, 1.0, 5.0)
+    assert median_interval([3.0], 0, [7]) == (3.0, 3.0, 3.0)
+    assert paired_ratio([2.0, 6.0], [1.0, 3.0], groups=[0, 1]) == paired_ratio([2.0], [1.0]).__class__(2.0, 2.0, 2.0, 2)
 
 
 def test_the_same_seed_gives_the_same_interval_and_long_runs_fit_in_memory():
