@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -20,8 +20,8 @@ from torch.nn.functional import linear
 from flora.layers import stored_by_input
 from flora.ops import merge_flora
 from profiling import peaks
-from profiling.cost_model import TABLES, MachineCosts, Table
-from profiling.rounds import Rounds, captured, stays_cached
+from profiling.cost_model import MachineCosts, Table
+from profiling.rounds import Rounds, alone_on, captured, stays_cached
 
 REPEATS = 9
 QUANTILE = 0.25  # of the repeats: what is kept for long should not remember a moment in which the machine did something else
@@ -68,20 +68,37 @@ class Calibration:
 
 def machine_costs(device: torch.device, dtype: torch.dtype, fresh: bool = False) -> MachineCosts:
     """What was measured on this machine before, or what is measured now, which takes some ten seconds. fresh: in any case."""
-    identity = _identity(device, dtype)
-    return peaks.kept("costs", identity, Calibration, partial(measure, device, dtype), fresh).costs
+    steps = costs_in_steps(device, dtype, fresh)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
-def _identity(device: torch.device, dtype: torch.dtype) -> dict:
-    return peaks.identity_of(device) | {"dtype": str(dtype).removeprefix("torch."), "version": VERSION}
+def costs_in_steps(device: torch.device, dtype: torch.dtype, fresh: bool = False) -> Generator[float, None, MachineCosts]:
+    """`machine_costs`, which tells the share of it that is done, and can be left between two steps; then nothing is kept."""
+    identity = peaks.identity_of(device) | {"dtype": str(dtype).removeprefix("torch."), "version": VERSION}
+    found = None if fresh else peaks.find("costs", identity, Calibration)
+    if found is None:
+        found = yield from _measure(device, dtype, identity)
+        peaks.keep("costs", identity, found.as_row())
+    return found.costs
 
 
-def measure(device: torch.device, dtype: torch.dtype, repeats: int = REPEATS) -> Calibration:
-    """Measure every kind of stage anew."""
-    limits, identity = peaks.peaks(device), _identity(device, dtype)
-    stages = _Stages(device, dtype, repeats)
-    with torch.inference_mode():
-        tables = {name: stages.table(name) for name in TABLES}
+def _measure(device: torch.device, dtype: torch.dtype, identity: dict) -> Generator[float, None, Calibration]:
+    """Every kind of stage anew."""
+    yield 0.0
+    limits = alone_on(device, partial(peaks.peaks, device))
+    stages, tables, done = _Stages(device, dtype), {}, 0
+    total = sum(math.prod(map(len, axes)) for axes in AXES.values())
+    for name, axes in AXES.items():
+        seconds: dict[tuple[float, ...], float] = {}
+        for sizes in itertools.product(*axes):
+            seconds[sizes] = alone_on(device, partial(stages.seconds, name, sizes, seconds))
+            done += 1
+            yield done / total
+        tables[name] = Table(axes, tuple(seconds.values()))
     costs = MachineCosts(
         device=device.type,
         dtype=identity["dtype"],
@@ -91,38 +108,27 @@ def measure(device: torch.device, dtype: torch.dtype, repeats: int = REPEATS) ->
         launch_s=limits.launch_s,
         tables=tables,
     )
-    return Calibration(identity, costs, repeats)
+    return Calibration(identity, costs, REPEATS)
 
 
 class _Stages:
-    """Every kind of stage as a call for given sizes, and the seconds that it takes."""
+    """Every kind of stage as a call for given sizes, by its name, and the seconds that it takes."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, repeats: int) -> None:
-        self.device, self.dtype, self.repeats = device, dtype, repeats
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
         self._warm, self._cold = Rounds(device), Rounds(device, cold=True)
 
-    def table(self, name: str) -> Table:
-        """Measured over the sizes of AXES."""
-        axes, call_of = AXES[name], getattr(self, name.replace(" ", "_"))
-        seconds: dict[tuple[float, ...], float] = {}
-        for sizes in itertools.product(*axes):
-            if (smaller := self._too_long(seconds, axes, sizes)) is not None:
-                # In proportion to what is larger, as `Table` goes on.
-                seconds[sizes] = seconds[smaller] * math.prod(size / less for size, less in zip(sizes, smaller, strict=True))
-                continue
-            call, _ = captured(call_of(*sizes), self.device)
-            cold = name in OF_WEIGHTS and not stays_cached(sizes[-1] * self.dtype.itemsize, self.device)
-            taken = (self._cold if cold else self._warm).seconds({name: call}, self.repeats)[name]
-            seconds[sizes] = float(np.quantile(taken, QUANTILE))
-        return Table(axes, tuple(seconds[sizes] for sizes in itertools.product(*axes)))
-
-    def _too_long(self, seconds: dict, axes: tuple, sizes: tuple) -> tuple | None:
-        """The neighbour that is smaller in one size and took too long already; None where there is none."""
-        for place, axis in enumerate(axes):
+    def seconds(self, name: str, sizes: tuple[float, ...], smaller: Mapping[tuple[float, ...], float]) -> float:
+        """Of a stage of these sizes. smaller: what those took that were measured before."""
+        for place, axis in enumerate(AXES[name]):
             index = axis.index(sizes[place])
-            if index and seconds[smaller := (*sizes[:place], axis[index - 1], *sizes[place + 1 :])] > LONGEST_S:
-                return smaller
-        return None
+            less = (*sizes[:place], axis[index - 1], *sizes[place + 1 :])
+            if index and smaller[less] > LONGEST_S:  # not measured: in proportion, as `Table` goes on
+                return smaller[less] * sizes[place] / less[place]
+        call, _ = captured(getattr(self, name.replace(" ", "_"))(*sizes), self.device)
+        cold = name in OF_WEIGHTS and not stays_cached(sizes[-1] * self.dtype.itemsize, self.device)
+        taken = (self._cold if cold else self._warm).seconds({name: call}, REPEATS)[name]
+        return float(np.quantile(taken, QUANTILE))
 
     def _ones(self, *shape: int) -> Tensor:
         """Numbers of no importance, but no denormal ones."""

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
@@ -24,7 +25,7 @@ from flora.shapes import layer_widths
 from profiling import hardware
 from profiling.cost_model import METHODS, LayerShape, MachineCosts, Prediction, crossover, eq7, eq7_crossover_of, predict
 from profiling.problem import TOLERANCE, Problem
-from profiling.rounds import Rounds, captured, stays_cached
+from profiling.rounds import Rounds, alone_on, captured, stays_cached
 from profiling.timing import Ratio, median, median_interval, paired_ratio, quantiles
 
 BUDGET_S = 1.2  # of the timed calls of a point
@@ -231,29 +232,25 @@ def measure(
     """
     methods = checked_methods(methods)
     kept, left_out = _that_fit(methods, setting, device, costs, budget_s)
-    problem = _problem(setting, device)
-    rounds = Rounds(device, warmup=0, cold=not is_cached(setting.shape, costs, device))
     taken: dict[str, list[float]] = {method: [] for method in kept}
     groups: list[int] = []  # of each round, its layout
-    with torch.inference_mode():
-        errors, checked_outputs = _errors(problem, kept)
-        started, layout = time.perf_counter(), 0
-        while layout < LAYOUTS:
-            calls, launched = _calls(problem, kept, device)
-            rounds.seconds(calls, 1)
-            until = started + budget_s * (layout + 1) / LAYOUTS
-            done = 0
-            while done < FEWEST_ROUNDS or (done < MOST_ROUNDS and time.perf_counter() < until):
-                if should_stop():
-                    return None
-                for method, seconds in rounds.seconds(calls, 1).items():
-                    taken[method] += seconds
-                groups.append(layout)
-                done += 1
-            layout += 1
-            if layout < LAYOUTS:
-                del calls
-                problem = problem.laid_out_anew()
+    rounds = Rounds(device, warmup=0, cold=not is_cached(setting.shape, costs, device))
+    problem = alone_on(device, partial(_problem, setting, device))
+    errors, checked_outputs = alone_on(device, partial(_errors, problem, kept))
+    started = time.perf_counter()
+    for layout in range(LAYOUTS):
+        if layout:
+            problem = alone_on(device, problem.laid_out_anew)
+        calls, launched = alone_on(device, partial(_calls, problem, kept, device))
+        alone_on(device, partial(rounds.seconds, calls, 1))
+        until, done = started + budget_s * (layout + 1) / LAYOUTS, 0
+        while done < FEWEST_ROUNDS or (done < MOST_ROUNDS and time.perf_counter() < until):
+            if should_stop():
+                return None
+            for method, seconds in alone_on(device, partial(rounds.seconds, calls, 1)).items():
+                taken[method] += seconds
+            groups.append(layout)
+            done += 1
     first = next((method for method in kept if method != "base"), "base")
     points = {
         method: _point(method, setting, problem, costs, taken, groups, first, errors[method], launched[method]) for method in kept

@@ -223,35 +223,39 @@ def cache_folder() -> Path | None:
 
 def peaks(device: torch.device, fresh: bool = False, clock: Callable[[], float] = time.perf_counter) -> Peaks:
     """What was measured on this machine before, or what is measured now. fresh: measure in any case."""
-    return kept("peaks", identity_of(device), Peaks, partial(measure, device, clock), fresh)
+    identity = identity_of(device)
+    found = None if fresh else find("peaks", identity, Peaks)
+    if found is None:
+        found = measure(device, clock)
+        keep("peaks", identity, found.as_row())
+    return found
 
 
-def kept(name: str, identity: dict, made_of: type[Row], measure_anew: Callable[[], Row], fresh: bool = False) -> Row:
-    """What was measured before for the same identity, which is a part of its row, or what is measured now and kept.
+def find(name: str, identity: dict, made_of: type[Row]) -> Row | None:
+    """What was kept under a name for the same identity, which is a part of its row; None where nothing that can be used was.
 
-    made_of: has `as_row` and `of_row`, which raises ValueError for what is no such row.
+    made_of: has `as_row`, and `of_row`, which raises ValueError for what is no such row.
     """
-    digest, folder = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16], cache_folder()
-    file = None if folder is None else folder / f"{name}-{digest}.json"
-    found = None if fresh or file is None else _read(file, made_of)
-    if found is not None and identity.items() <= found.as_row().items():
-        return found
-    measured = measure_anew()
-    if file is not None:
-        _write(file, measured.as_row())
-    return measured
-
-
-def _read(file: Path, made_of: type[Row]) -> Row | None:
-    """None where there is nothing, or nothing that can be used."""
+    file = _file(name, identity)
+    if file is None:
+        return None
     try:
-        return made_of.of_row(json.loads(file.read_text(encoding="utf-8")))
+        found = made_of.of_row(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
+    return found if identity.items() <= found.as_row().items() else None
 
 
-def _write(file: Path, row: dict) -> None:
+def _file(name: str, identity: dict) -> Path | None:
+    digest, folder = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16], cache_folder()
+    return None if folder is None else folder / f"{name}-{digest}.json"
+
+
+def keep(name: str, identity: dict, row: dict) -> None:
     """As a whole or not at all; without a folder that can be written to, it is measured again the next time."""
+    file = _file(name, identity)
+    if file is None:
+        return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")

@@ -8,13 +8,17 @@ weight in the cache, and the call after one that writes much would wait for that
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from flora.engine.device import compute_on, turns_on
 from flora.engine.graphs import CudaCapture
 from profiling import peaks
 from profiling.timing import timed
+
+Result = TypeVar("Result")
 
 WARMUP_ROUNDS = 2
 CPU_CACHE_MULTIPLE = 2
@@ -60,6 +64,17 @@ class Rounds:
         for name, begin, end in events:
             taken[name].append(begin.elapsed_time(end) / 1000)
         return taken
+
+
+def alone_on(device: torch.device, function: Callable[[], Result]) -> Result:
+    """Call a function where the device's work is done, without gradients, while no engine of this process computes there."""
+
+    def work() -> Result:
+        with torch.inference_mode():
+            return function()
+
+    with turns_on(device):
+        return compute_on(device)(work)
 
 
 def stays_cached(weight_bytes: int, device: torch.device) -> bool:

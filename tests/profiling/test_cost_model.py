@@ -173,8 +173,8 @@ def small(tmp_path, monkeypatch):
 
 
 def test_what_was_measured_is_kept_for_the_dtype_and_read_back(small, monkeypatch):
-    cpu, seen, measure = torch.device("cpu"), [], calibration.measure
-    monkeypatch.setattr(calibration, "measure", lambda *arguments: seen.append(arguments) or measure(*arguments))
+    cpu, seen, measure = torch.device("cpu"), [], calibration._measure
+    monkeypatch.setattr(calibration, "_measure", lambda *arguments: seen.append(arguments) or measure(*arguments))
     first = machine_costs(cpu, torch.float32)
     assert machine_costs(cpu, torch.float32) == first and len(seen) == 1
     assert machine_costs(cpu, torch.bfloat16).element_size == 2 and len(seen) == 2
@@ -193,9 +193,19 @@ def test_no_calibration_is_made_of_anything_else(row):
 
 def test_a_stage_that_takes_too_long_is_not_measured_at_larger_sizes(small, monkeypatch):
     monkeypatch.setattr(calibration, "LONGEST_S", 0.0)
-    table = calibration._Stages(torch.device("cpu"), torch.float32, 1).table("product")
+    table = machine_costs(torch.device("cpu"), torch.float32).tables["product"]
     smallest = table.at(1, 64)
     assert table.at(2, 64) == pytest.approx(2 * smallest) and table.at(2, 256) == pytest.approx(8 * smallest)
+
+
+def test_it_tells_how_far_it_is_and_can_be_left(small):
+    shares = list(calibration.costs_in_steps(torch.device("cpu"), torch.float32))
+    assert shares[0] == 0 and shares[-1] == 1 and shares == sorted(shares)
+    assert list(calibration.costs_in_steps(torch.device("cpu"), torch.float32)) == [], "it was kept"
+    left = calibration.costs_in_steps(torch.device("cpu"), torch.bfloat16)
+    next(left), next(left)
+    left.close()
+    assert not [one for one in small.glob("costs-*") if '"bfloat16"' in one.read_text()]
 
 
 def test_no_width_of_a_known_model_is_calibrated():
