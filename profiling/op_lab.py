@@ -8,6 +8,7 @@ memory is left out, and says so; a layer that does not fit at all is an error.
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,6 @@ MEMORY_SHARE = 0.4  # of what is free
 CHECKED = 2e8  # multiply-adds of the check in float64, about; of a larger layer a part of the outputs is checked
 MOST = {"d_in": 65536, "d_out": 65536, "rows": 1024, "length": 4096, "rank": 256, "adapters": 1024}
 DTYPES = ("float32", "bfloat16", "float16")
-FREE = "free"
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,19 @@ def model_layers(model: str) -> dict[str, tuple[int, int]]:
     if model not in KNOWN_MODELS:
         raise RequestError(f"there is no model {model!r} here: choose among {', '.join(KNOWN_MODELS)}, or give widths")
     return layer_widths(KNOWN_MODELS[model])
+
+
+def command_line(setting: Setting, device: torch.device) -> str:
+    """The `python -m profiling oplab …` that measures the same again, quoted for a shell."""
+    shape, words = setting.shape, ["python", "-m", "profiling", "oplab"]
+    if setting.model:
+        words += ["--model", setting.model, "--layer", setting.layer]
+    else:
+        words += ["--d-in", str(shape.d_in), "--d-out", str(shape.d_out)]
+    for name in ("rows", "length", "rank", "adapters"):
+        words += [f"--{name}", str(getattr(shape, name))]
+    words += ["--dtype", setting.dtype, *(["--seed", str(setting.seed)] if setting.seed else []), "--device", device.type]
+    return shlex.join([*words, *(["--threads", str(torch.get_num_threads())] if device.type == "cpu" else [])])
 
 
 @dataclass(frozen=True)

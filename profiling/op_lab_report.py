@@ -101,12 +101,12 @@ def _winner(result: OpLabResult) -> str:
     said = f"Fastest here: {label(fastest)}, {milliseconds(fastest.seconds)} ms"
     if len(by_time) > 1:
         lead = by_time[1].seconds / fastest.seconds - 1
-        said += f", {100 * lead:.0f} % before {label(by_time[1])}" if lead > GAP else f", hardly before {label(by_time[1])}"
+        said += f", {100 * lead:.0f} % before {label(by_time[1])}" if lead > GAP else f", level with {label(by_time[1])}"
     flora, bmm = result.methods.get("flora"), result.methods.get("bmm-lora")
     if result.first == "flora" and flora and bmm:
         over = bmm.ratio_to_first
-        verb = "no difference shown to" if over.low <= 1 <= over.high else "slower than" if over.low > 1 else "faster than"
-        said += f". bmm-LoRA takes {over} times as long as {label(flora)}: {verb} it"
+        differs = "no difference shown" if over.low <= 1 <= over.high else "slower" if over.low > 1 else "faster"
+        said += f". bmm-LoRA takes {over} times as long as {label(flora)}: {differs}"
     return f"{said}."
 
 
@@ -187,7 +187,8 @@ def roofline(results: Sequence[OpLabResult]) -> Chart:
     ]  # fmt: skip
     traces += _markers(points, lambda point: (point.intensity, point.rate / 1e9), "%{x:.3g} FLOP/B, %{y:.3g} GFLOP/s")
     y_low = min(min(point.rate for point in points) / 1e9, roof_y[0]) / 2
-    layout = _log_log(chart_layout(title, "FLOP per byte", "GFLOP/s", (low, high), (y_low, roof_y[-1] * 2)))
+    y_high = 2 * max(roof_y[-1], *(point.rate / 1e9 for point in points))
+    layout = _log_log(chart_layout(title, "FLOP per byte", "GFLOP/s", (low, high), (y_low, y_high)))
     best = max(points, key=lambda point: point.rate / min(costs.matrix_flops_per_s, point.intensity * costs.copy_bytes_per_s))
     share = best.rate / min(costs.matrix_flops_per_s, best.intensity * costs.copy_bytes_per_s)
     sentence = (

@@ -6,7 +6,8 @@
     launch           calls that do next to nothing, one after another without waiting between: an empty kernel on a GPU, an addition
                      to one number on a CPU
 
-Medians of repeats, a few seconds in all. They are kept in the user's cache folder, for the same device, versions and threads.
+The best of repeats, since what is kept should not remember a moment in which the machine did something else; of launches the
+median. A few seconds in all. They are kept in the user's cache folder, for the same device, versions and threads.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def _launch_s(timer: _Timer) -> float:
 
 def _copy_s(size: int, timer: _Timer) -> float:
     source, target = (torch.zeros(size, dtype=torch.uint8, device=timer.device).view(torch.float32) for _ in range(2))
-    return median(timer.seconds(partial(target.copy_, source)))
+    return min(timer.seconds(partial(target.copy_, source)))
 
 
 def _matrix_rate(dtype: torch.dtype, timer: _Timer) -> tuple[float, int]:
@@ -191,7 +192,7 @@ def _matrix_rate(dtype: torch.dtype, timer: _Timer) -> tuple[float, int]:
         # Some dtypes have no fast product on some CPUs: a small one says what a large one would take.
         small_s = min(timer.seconds(_product(CPU_WIDTHS[-1], dtype, timer.device)))
         width = next((n for n in CPU_WIDTHS if small_s * (n / CPU_WIDTHS[-1]) ** 3 <= LONGEST_PRODUCT_S), CPU_WIDTHS[-1])
-    return 2 * width**3 / median(timer.seconds(_product(width, dtype, timer.device))), width
+    return 2 * width**3 / min(timer.seconds(_product(width, dtype, timer.device))), width
 
 
 def _product(width: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
@@ -201,7 +202,7 @@ def _product(width: int, dtype: torch.dtype, device: torch.device) -> Callable[[
 
 def _int8_rate(timer: _Timer) -> tuple[float, int]:
     a, b = (torch.randint(-127, 128, (GPU_WIDTH, GPU_WIDTH), device=timer.device, dtype=torch.int8) for _ in range(2))
-    return 2 * GPU_WIDTH**3 / median(timer.seconds(partial(torch._int_mm, a, b.T))), GPU_WIDTH
+    return 2 * GPU_WIDTH**3 / min(timer.seconds(partial(torch._int_mm, a, b.T))), GPU_WIDTH
 
 
 # ---------------------------------------------------------------------------------------------------------------- keep

@@ -28,6 +28,7 @@ from profiling.dashboard.measuring import Measurements
 from profiling.dashboard.menus import Follower, Following
 from profiling.dashboard.models import ModelDesk
 from profiling.dashboard.models_tab import build_models_tab
+from profiling.dashboard.op_lab import build_op_lab_tab
 from profiling.dashboard.policy import Policy
 from profiling.dashboard.theme import CSS_FILE, theme
 from profiling.dashboard.upload_quota import UploadQuota
@@ -62,7 +63,7 @@ def build(
 ) -> Page:
     """The page for these engines, kind ("code", "speech") -> engine; serve it with `demo.launch(**launch_options(demo))`.
 
-    results_folder: the recorded evaluations that the Accuracy tab shows; it may be empty, or not there. None: those that ship.
+    results_folder: the recorded results that the tabs show; it may be empty, or not there. None: those that ship.
     policy: what visitors may change; None: as on a page that others can reach. options: of the command line that loaded the
     engines, by which others are loaded; None: none can be.
     """
@@ -71,10 +72,14 @@ def build(
     measurements = Measurements(device)
     engines.when_replaced(loads.replaced)
     models = None if options is None else ModelDesk(engines, device, options)
+    recorded_folder = Path(results_folder or workload.ASSETS / "results")
 
     @lru_cache(maxsize=1)
     def device_line_at(number: int) -> str:
         return device_line(engines)
+
+    def computing() -> torch.device:
+        return next((engine.device for engine in engines.values()), torch.device("cpu"))
 
     def line() -> str:
         return device_line_at(engines.number)
@@ -95,8 +100,10 @@ def build(
                         follower, changes = build_models_tab(models_tab, demo.load, adapters, models, policy)
                     followers.append(follower)
                     selected.append(load_tab.select)
+                with gr.Tab("Op lab", id="op-lab") as op_lab_tab:
+                    build_op_lab_tab(op_lab_tab, measurements, computing, recorded_folder)
                 with gr.Tab("Accuracy", id="accuracy") as accuracy_tab:
-                    build_accuracy_tab(accuracy_tab, Path(results_folder or workload.ASSETS / "results"))
+                    build_accuracy_tab(accuracy_tab, recorded_folder)
         followers.append(Follower([head], lambda values, opened: [_head(line())]))
         Following(engines, followers).connect(selected, changes, demo.load)
         add_endpoints(engines, device, adapters, policy)

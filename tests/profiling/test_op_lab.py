@@ -141,7 +141,7 @@ def test_the_sentences_say_who_wins_and_why():
     result = found(LayerShape(512, 512, 8, 1, 4, 8))
     slow = {"flora_expand": 4.0, "flora_modulate": 5.0, "bmm_lora": 2.0, "loop_lora": 3.0, "sgmv_lora": 2.1}
     winner, why, crossing = op_lab_report.verdict(timed(result, **slow))
-    assert winner.startswith("Fastest here: bmm-LoRA, 2,000 ms, hardly before sgmv-LoRA")
+    assert winner.startswith("Fastest here: bmm-LoRA, 2,000 ms, level with sgmv-LoRA")
     assert "bound by bandwidth" in why and "sends 32 rows through it instead of 8" in why
     assert f"from rank {result.crossover} on" in crossing and f"{result.eq7_crossover:.2f}" in crossing
     winner = op_lab_report.verdict(timed(result, **slow | {"flora_expand": 1.0}))[0]
