@@ -383,6 +383,8 @@ def _add_op_lab(commands: argparse._SubParsersAction) -> None:
     measuring.add_argument("--device", default="auto", help="auto, cpu, cuda; default: auto")
     measuring.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads; default: torch's own choice")
     lab.add_argument("--json", metavar="FILE", help="write a JSONL row per method and point; - for standard output")
+    lab.add_argument("--csv", metavar="FILE", help="write the same figures as a table")
+    lab.add_argument("--report", metavar="FILE", help=REPORT_HELP)
 
 
 def _add_agreement(commands: argparse._SubParsersAction) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 
 import torch
 from tqdm import tqdm
@@ -19,16 +17,17 @@ from profiling.load_command import interruptible
 from profiling.loading import set_threads
 from profiling.op_lab import DTYPES, OpLabResult, Setting, checked_methods, measure
 from profiling.op_lab_grid import GRID_MODELS, grid, measure_grid, summary
-from profiling.op_lab_report import NOTE, batch_words, milliseconds, point_text, summary_text
+from profiling.op_lab_report import batch_words, milliseconds, report_of
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print and write; 0 for done, 1 where a method is wrong, 130 when interrupted. Raises a FloraError for bad input."""
     set_threads(options.threads)
+    report.check(options)
     methods = checked_methods(options.methods or METHODS)
     settings = _settings(options)
     device = choose_device(options.device)
-    said = sys.stderr if options.json == "-" else sys.stdout  # rows on stdout stay alone there
+    said = report.said(options)
     facts = hardware.environment() | {"device": device.type, "device_name": hardware.device_name(device)}
     print(hardware.summary(facts), end="\n\n", file=said, flush=True)
     with interruptible() as interrupts:
@@ -46,11 +45,9 @@ def run(options: argparse.Namespace) -> int:
             found = measure(settings[0], device, costs, methods, report.own_command(), options.seconds, lambda: bool(interrupts))
             results += [] if found is None else [found]
         bar.close()
-    print(*(point_text(result) for result in results), sep="\n\n", file=said)
-    print("", NOTE, sep="\n", file=said)
-    if options.grid and results:
-        print("", summary_text(summary(results)), sep="\n", file=said)
-    _write(results, options)
+    if results:
+        found = summary(results) if options.grid else None
+        report.deliver(report_of(results, report.own_command(), found), options)
     if interrupts:
         return 130
     return 0 if all(point.agrees for result in results for point in result.methods.values()) else 1
@@ -83,12 +80,3 @@ def _predicted(settings: list[Setting], methods: tuple[str, ...], costs: Machine
         times = [milliseconds(predict(method, setting.shape, costs).seconds) for method in methods]
         lines.append([setting.name, batch_words(setting.shape), *times])
     return "predicted ms, nothing was measured\n" + text_table(("layer", "batch", *methods), lines)
-
-
-def _write(results: list[OpLabResult], options: argparse.Namespace) -> None:
-    rows = [row for result in results for row in result.to_rows()]
-    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    if options.json == "-":
-        sys.stdout.write(lines)
-    elif options.json:
-        report.write_text(options.json, lines)

@@ -69,7 +69,8 @@ class GridSummary:
     """What a grid says of the models. Errors are medians of |predicted − measured| / measured over methods and points.
 
     by_method: of the better model. eq7_error: of the paper's, over its two methods; paper_error: of the better one, over the same.
-    paper_wins, all_wins: the better model between the paper's two methods, and among all that serve adapters; eq7_wins: Eq. 7.
+    paper_wins, all_wins, pair_wins: the better model between the paper's two methods, among all that serve adapters, and between
+    every two of them; eq7_wins: Eq. 7.
     """
 
     points: int
@@ -80,11 +81,12 @@ class GridSummary:
     paper_wins: Wins
     eq7_wins: Wins
     all_wins: Wins
+    pair_wins: Wins
 
     @property
     def kept(self) -> bool:
-        """Whether the better model is as good as is promised, between two methods and among all."""
-        shares = [wins.share for wins in (self.paper_wins, self.all_wins) if wins.share is not None]
+        """Whether the better model is as good as is promised, however winners are counted."""
+        shares = [wins.share for wins in (self.paper_wins, self.all_wins, self.pair_wins) if wins.share is not None]
         return self.error < MEDIAN_ERROR_PROMISED and all(share >= WINNERS_PROMISED for share in shares)
 
 
@@ -104,6 +106,9 @@ def summary(results: Sequence[OpLabResult]) -> GridSummary:
         paper_wins=_wins([_only(result.methods, PAPERS) for result in results], _predicted_s),
         eq7_wins=_wins([_only(result.methods, PAPERS) for result in results], lambda point: point.eq7_s),
         all_wins=_wins([list(result.contestants.values()) for result in results], _predicted_s),
+        pair_wins=_wins(
+            [pair for result in results for pair in itertools.combinations(result.contestants.values(), 2)], _predicted_s
+        ),
     )
 
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 
 from profiling.cost_model import LayerShape
-from profiling.document import text_table
 from profiling.figures import GRID_COLOUR, METHOD_STYLES, Chart, chart_layout
 from profiling.op_lab import MethodPoint, OpLabResult
 from profiling.op_lab_grid import GAP, MEDIAN_ERROR_PROMISED, WINNERS_PROMISED, GridSummary
+from profiling.report import Note, Report, Table, TitledChart
 from profiling.timing import Ratio, median
 
 NOTE = (
@@ -60,12 +60,42 @@ def ratio(found: Ratio | None) -> str:
     return "1" if found is None else str(found)
 
 
-def point_text(result: OpLabResult) -> str:
-    """A point for a terminal."""
-    parts = [f"{result.setting.name}: {batch_words(result.setting.shape)}, {result.setting.dtype}"]
-    parts.append(text_table(HEADS, [cells(point) for point in result.methods.values()], num_names=1))
-    parts += [f"{METHOD_STYLES[method].label} is left out: {why}" for method, why in result.left_out.items()]
-    return "\n".join([*parts, "", *verdict(result), conditions(result)])
+def point_table(result: OpLabResult) -> Table:
+    """A point as a table, for every format."""
+    title = f"{result.setting.name}: {batch_words(result.setting.shape)}, {result.setting.dtype}"
+    left_out = [f"{METHOD_STYLES[method].label} is left out: {why}." for method, why in result.left_out.items()]
+    lines = [cells(point) for point in result.methods.values()]
+    return Table(HEADS, lines, title, " ".join([*left_out, conditions(result)]), num_names=1)
+
+
+def grid_table(results: Sequence[OpLabResult]) -> Table:
+    """A line for each point: what each method took, and beside it what was predicted."""
+    methods = list(dict.fromkeys(method for result in results for method in result.methods))
+    lines = []
+    for result in results:
+        points = [result.methods.get(method) for method in methods]
+        times = ["–" if p is None else f"{milliseconds(p.seconds)} ({milliseconds(p.predicted.seconds)})" for p in points]
+        lines.append([result.setting.name, batch_words(result.setting.shape), *times])
+    heads = ("layer", "batch", *(METHOD_STYLES[method].label for method in methods))
+    return Table(heads, lines, "Points", "Milliseconds, in brackets as predicted; –: left out, since it would have taken too long.")
+
+
+def report_of(results: Sequence[OpLabResult], command: str, found: GridSummary | None = None) -> Report:
+    """Points, one or a grid with its summary, in every format. At least one point."""
+    one = results[0]
+    what = one.setting.name if found is None else f"a grid of {len(results)} points"
+    batch = [batch_words(one.setting.shape)] if found is None else []
+    charts = [TitledChart("Roofline", roofline(results)), TitledChart("Predicted and measured", predictions(results))]
+    return Report(
+        title=f"the Op lab, {what}",
+        sentences=verdict(one) if found is None else summary_sentences(found),
+        conditions=", ".join([what, *batch, one.setting.dtype, one.environment["device_name"], f"seed {one.setting.seed}"]),
+        parts=[point_table(one) if found is None else grid_table(results), *charts, Note(NOTE)],
+        environment=one.environment,
+        command=command,
+        rows=[row for result in results for row in result.to_rows()],
+        left_to_json=frozenset({"hardware"}),
+    )
 
 
 def batch_words(shape: LayerShape) -> str:
@@ -144,24 +174,22 @@ def _crossovers(result: OpLabResult) -> str:
     )
 
 
-def summary_text(found: GridSummary) -> str:
-    """What a grid says of the models, for a terminal."""
+def summary_sentences(found: GridSummary) -> list[str]:
+    """What a grid says of the models."""
 
     def percent(error: float | None) -> str:
         return "–" if error is None else f"{100 * error:.0f} %"
 
     by_method = ", ".join(f"{METHOD_STYLES[method].label} {percent(error)}" for method, error in found.by_method.items())
-    papers, eq7, promised = percent(found.paper_error), percent(found.eq7_error), percent(MEDIAN_ERROR_PROMISED)
-    lines = [
-        f"{_count(found.points, 'point')}; |predicted − measured| / measured, the median over methods and points: "
-        f"{percent(found.error)} (under {promised} is promised)",
-        f"  {by_method}",
-        f"  of fLoRA and bmm-LoRA alone: {papers}; by Eq. 7 with c1 and c2 measured here: {eq7}",
-        f"where one led by more than {percent(GAP)}, the winner was named (in {percent(WINNERS_PROMISED)} at least is promised):",
-        f"  of fLoRA and bmm-LoRA: {found.paper_wins}; by Eq. 7: {found.eq7_wins}",
-        f"  of all methods with adapters: {found.all_wins}",
+    return [
+        f"{_count(found.points, 'point')}: predictions are off by {percent(found.error)} of the measured time, the median over "
+        f"methods and points (under {percent(MEDIAN_ERROR_PROMISED)} is promised): {by_method}.",
+        f"Of fLoRA and bmm-LoRA alone {percent(found.paper_error)}, and by Eq. 7 with c1 and c2 measured here "
+        f"{percent(found.eq7_error)}.",
+        f"Where one led by more than {percent(GAP)}, the winner was named (in {percent(WINNERS_PROMISED)} at least is promised): "
+        f"of fLoRA and bmm-LoRA in {found.paper_wins}, by Eq. 7 in {found.eq7_wins}; of all methods with adapters in "
+        f"{found.all_wins}; of every two of them in {found.pair_wins}.",
     ]
-    return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------------------------------- charts

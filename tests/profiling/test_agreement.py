@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -98,8 +100,25 @@ def test_bad_input_is_one_line(words, said, capsys):
     assert stopped.value.code == 2 and error.count("\n") == 1 and said in error
 
 
-def test_a_run_that_fails_is_told_in_its_own_words(capsys):
+def test_a_run_that_fails_is_told_in_its_own_words(capsys, monkeypatch):
+    commands = []
+
+    def fails(command, **keywords):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 2, "", "there is no method 'magic'\nand more")
+
+    monkeypatch.setattr(agreement.subprocess, "run", fails)
     with pytest.raises(SystemExit) as stopped:
         main(["agreement", "--pairs", "1", "--", "compare", "--methods", "magic"])
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and "no method 'magic'" in error
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "a run failed: there is no method 'magic'" in error
+    assert commands[0][1:6] == ["-m", "profiling", "compare", "--methods", "magic"] and "--json" in commands[0]
+
+
+def test_a_run_is_a_process_whose_rows_are_read(monkeypatch):
+    def writes(command, **keywords):
+        Path(command[-1]).write_text("".join(json.dumps(row) + "\n" for row in rows(1.5)))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(agreement.subprocess, "run", writes)
+    assert agreement.run_once(("compare",)) == rows(1.5)

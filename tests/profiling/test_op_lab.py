@@ -11,11 +11,12 @@ import torch
 from fake_costs import fake_costs
 
 from flora.errors import RequestError
-from profiling import op_lab, op_lab_command, op_lab_report, peaks
+from profiling import op_lab, op_lab_command, op_lab_report, peaks, report
 from profiling.__main__ import main
 from profiling.cost_model import METHODS, LayerShape
 from profiling.op_lab import OpLabResult, Setting, measure
 from profiling.op_lab_grid import GRID_MODELS, Wins, grid, summary
+from profiling.op_lab_report import report_of
 
 CPU = torch.device("cpu")
 ODD = LayerShape(33, 129, rows=7, length=3, rank=2, adapters=3)
@@ -61,7 +62,7 @@ def test_a_wrong_method_is_found(monkeypatch):
     monkeypatch.setattr(op_lab.Problem, "call_of", off)
     result = found()
     assert [point.method for point in result.methods.values() if not point.agrees] == ["bmm-lora"]
-    assert "WRONG" in op_lab_report.point_text(result)
+    assert "WRONG" in report.text(report_of([result], ""))
 
 
 def test_of_a_large_layer_a_part_from_all_over_is_checked(monkeypatch):
@@ -77,7 +78,7 @@ def test_what_takes_too_long_or_too_much_memory_is_left_out_and_told(monkeypatch
     result = found(shape, budget_s=0.02)
     assert "flora-expand" in result.left_out and "would take about" in result.left_out["flora-expand"]
     assert set(result.methods) | set(result.left_out) == set(METHODS) and "base" in result.methods
-    assert "is left out" in op_lab_report.point_text(result)
+    assert "is left out" in report.text(report_of([result], ""))
     with pytest.raises(RequestError, match="does not fit: a call would take"):
         found(shape, budget_s=1e-6)
     memory = psutil.virtual_memory()._replace(available=1 << 20)
@@ -187,7 +188,7 @@ def test_a_grid_counts_errors_and_winners():
     wrong = summary([measured(1.0), measured(1000.0)])
     assert wrong.by_method["bmm-lora"] == pytest.approx((0 + 0.999) / 2) and wrong.points == 2
     assert wrong.paper_wins.decided >= 1 and wrong.paper_wins.named < wrong.paper_wins.decided and not wrong.kept
-    assert "promised" in op_lab_report.summary_text(wrong)
+    assert "promised" in " ".join(op_lab_report.summary_sentences(wrong))
     assert str(Wins(0, 0)) == "no lead was that large" and str(Wins(10, 9)) == "9 of 10 (90 %)"
     alone = summary([found(methods=("sgmv-lora",))])
     assert alone.eq7_error is None and alone.all_wins.share is None
@@ -206,9 +207,12 @@ def command(monkeypatch, tmp_path):
 
 def test_a_point_is_printed_and_written(command, capsys, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    assert command("--d-in", "96", "--d-out", "64", "--rank", "2", "--seconds", "0.05", "--json", str(rows)) == 0
+    page, sheet = tmp_path / "report.html", tmp_path / "rows.csv"
+    files = ("--json", str(rows), "--report", str(page), "--csv", str(sheet))
+    assert command("--d-in", "96", "--d-out", "64", "--rank", "2", "--seconds", "0.05", *files) == 0
+    assert page.read_text().count("Plotly.newPlot(") == 2 and len(sheet.read_text().splitlines()) == 1 + len(METHODS)
     printed = capsys.readouterr().out
-    assert "96 → 64: 8 rows of 1 token, rank 2, 8 adapters, float32" in printed and "Fastest here" in printed
+    assert "96 → 64: 8 rows of 1 token, rank 2, 8 adapters, float32" in page.read_text() and "Fastest here" in printed
     assert [json.loads(line)["method"] for line in rows.read_text().splitlines()] == list(METHODS)
     assert command("--d-in", "96", "--d-out", "64", "--methods", "flora", "--seconds", "0.05", "--json", "-") == 0
     assert [json.loads(line)["method"] for line in capsys.readouterr().out.splitlines()] == ["base", "flora"]
@@ -225,7 +229,7 @@ def test_a_dry_run_predicts_and_measures_nothing(command, capsys, monkeypatch):
 def test_a_grid_ends_with_what_it_says_of_the_model(command, capsys, monkeypatch):
     monkeypatch.setattr(op_lab_command, "grid", lambda *arguments, **keywords: [Setting(ODD), Setting(replace(ODD, rank=1))])
     assert command("--grid", "--methods", "flora", "bmm-lora") == 0
-    assert "2 points; |predicted − measured| / measured" in capsys.readouterr().out
+    assert "2 points: predictions are off by" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -245,6 +249,7 @@ def test_a_grid_ends_with_what_it_says_of_the_model(command, capsys, monkeypatch
         (["--grid", "--layer", "c_fc"], "--grid has layers of its own"),
         (["--device", "abacus"], "abacus"),
         (["--json", "no/such/folder/x"], "cannot write"),
+        (["--report", "report.pdf"], "cannot be written as .pdf"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(command, capsys, words, said):

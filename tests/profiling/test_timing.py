@@ -65,7 +65,7 @@ def test_groups_that_differ_widen_the_interval_so_that_two_runs_agree():
             agreeing += runs[0][1] <= runs[1][2] and runs[1][1] <= runs[0][2]
         return agreeing
 
-    assert overlaps(True) >= 90 and overlaps(False) < 80
+    assert overlaps(True) >= max(90, overlaps(False) + 5)
 
 
 def test_groups_of_different_sizes_in_any_order():
