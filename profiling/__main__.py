@@ -175,15 +175,19 @@ def _add_load(commands: argparse._SubParsersAction) -> None:
 def _add_sweep(commands: argparse._SubParsersAction) -> None:
     sweep = commands.add_parser(
         "sweep",
-        help="throughput and latency by rank, with random adapters: the shape of the paper's Figures 2 and 3",
-        description="For each rank, serve requests with random adapters of it: all at once for throughput, at a rate for latency, "
-        "the methods in turn.",
+        help="step time, throughput and latency by rank, with random adapters: where fLoRA stops winning",
+        description="For each rank, serve requests with random adapters of it: one full batch for the step time, paired step by "
+        "step; all requests at once for throughput; at a rate for latency; the methods in turn. The shape of the paper's Figures 2 "
+        "and 3.",
     )
     sweep.add_argument("--methods", nargs="+", default=["flora", "bmm-lora"], metavar="METHOD", help="default: flora bmm-lora")
     _add_models(sweep, with_adapters=False)
     asked = sweep.add_argument_group("what is asked")
     asked.add_argument("--kind", choices=("code", "speech"), default="code", help="of the model; default: code")
     asked.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16], metavar="R", help="default: 1 2 4 8 16")
+    measures = ["step", "throughput", "latency"]
+    asked.add_argument("--measures", nargs="+", default=measures, metavar="MEASURE", help=f"default: {' '.join(measures)}")
+    asked.add_argument("--steps", type=int, default=32, metavar="N", help="new tokens of a row whose steps are timed; default: 32")
     asked.add_argument(
         "--rate",
         nargs="+",
@@ -202,7 +206,12 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
     _add_machine(engine)
     _add_measuring(sweep.add_argument_group("measuring"))
     output = sweep.add_argument_group("output")
-    output.add_argument("--json", metavar="FILE", help="write a JSONL row per rank, rate and method; - for standard output")
+    output.add_argument(
+        "--resume",
+        metavar="FILE",
+        help="keep the points that FILE holds, measure those it lacks, and write each there as it comes; it need not exist yet",
+    )
+    output.add_argument("--json", metavar="FILE", help="write a JSONL row per rank, measure and method; - for standard output")
     output.add_argument("--csv", metavar="FILE", help="write the same figures as a table")
     output.add_argument("--report", metavar="FILE", help=REPORT_HELP)
 
@@ -417,7 +426,7 @@ def _add_gpu(commands: argparse._SubParsersAction) -> None:
     gpu.add_argument("--json", metavar="FILE", help="write JSONL rows as they come: what was measured before an end is kept")
 
 
-FILES = ("json", "csv", "per_request", "report")
+FILES = ("json", "csv", "per_request", "report", "resume")
 """Options that name a file to be written."""
 
 

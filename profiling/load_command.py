@@ -210,6 +210,7 @@ def options_of(engines: Mapping[str, Engine], num_adapters: int | None = None) -
     options.host_adapters_mb = max(engine.bank.host_bytes for engine in engines.values()) >> 20
     options.device = next(iter(engines.values())).device.type
     options.dtype = str(next(iter(engines.values())).dtype).removeprefix("torch.")
+    options.any_base_model = any(info.any_base_model for engine in engines.values() for info in engine.adapters.values())
     for name in ("weights", "quantize", "llm_int8_threshold"):
         setattr(options, name, getattr(next(iter(engines.values())), name))
     return options
@@ -247,7 +248,7 @@ def command_line(settings: LoadSettings, options: argparse.Namespace) -> str:
     words += [] if settings.stop_when_saturated else ["--no-saturation-stop"]
     words += ["--device", options.device] if options.device != "auto" else []
     words += ["--dtype", options.dtype] if options.dtype != "auto" else []
-    words += weight_words(options)
+    words += weight_words(options, options.any_base_model)
     return shlex.join([*words, "--threads", str(torch.get_num_threads())])
 
 

@@ -44,12 +44,16 @@ def add_base_model_check(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def weight_words(loaded: Any) -> list[str]:
-    """The options above as words of a command line, without what is assumed anyway. loaded: an engine, or parsed options."""
+def weight_words(loaded: Any, any_base_model: bool = False) -> list[str]:
+    """The options above as words of a command line, without what is assumed anyway. loaded: an engine, or parsed options.
+
+    any_base_model: whether adapters are asked for that name another base model.
+    """
     words = ["--weights", loaded.weights] if loaded.weights != "pretrained" else []
     words += ["--quantize", loaded.quantize] if loaded.quantize is not None else []
     threshold = loaded.llm_int8_threshold
-    return words + ([] if threshold is None else ["--llm-int8-threshold", f"{threshold:g}"])
+    words += [] if threshold is None else ["--llm-int8-threshold", f"{threshold:g}"]
+    return words + ["--any-base-model"] * any_base_model
 
 
 def add_rights(parser: argparse.ArgumentParser) -> None:

@@ -1,28 +1,40 @@
-"""Throughput and latency by rank: the shape of the paper's Figures 2 and 3, for any model.
+"""Step time, throughput and latency by rank: the shape of the paper's Figures 2 and 3, for any model.
 
-For each rank the engine gets as many random adapters of that rank, each in every family that the methods serve. Throughput is
-measured with all requests there from the start, latency with requests that arrive at a rate; the methods take turns at every rank
-and rate, so that a drift of the machine hits all alike. Random weights cost what trained ones cost.
+For each rank the engine gets as many random adapters of that rank, each in every family that the methods serve. A decode step is
+measured on one full batch, the methods' steps in turn, as a comparison does: that is the honest measurement of where methods cross.
+Throughput is measured with all requests there from the start, latency with requests that arrive at a rate; the methods take turns
+at every rank and rate, so that a drift of the machine hits all alike. Random weights cost what trained ones cost.
+
+What is measured are rows, each with all that it was measured on. A sweep that is given the rows of an earlier one keeps those that
+were measured in the same way, and measures only what is missing.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from flora.engine import Engine
+from flora.engine import Engine, Request
 from flora.errors import RequestError
 from profiling import hardware
-from profiling.load_metrics import LoadFigures
+from profiling.compare import compare
+from profiling.events import Finished, HowFar, Progress
 from profiling.load_result import LoadResult
 from profiling.load_runs import LoadProgress, LoadSettings, MethodRun, run_load
 from profiling.loading import add_random_adapters
+from profiling.sweep_points import LATENCY, MEASURES, STEP_TIME, THROUGHPUT, Measure, SweepPoint, points_of
 from profiling.traffic import Source
 
 PAPER_RATES = (8.0, 15.0)  # requests a second, of its Figures 2 and 3
 CAPACITY_SHARES = (0.5, 0.8)
-THROUGHPUT = math.inf  # the rate at which throughput is measured
+NUM_STEPS = 32
+WARMUP_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -30,13 +42,16 @@ class SweepSettings:
     """What is to be measured. RequestError for what makes no sense.
 
     load: methods, repeats, warm-up and traffic of every run; its rate is replaced. ranks: sorted here. rates: requests a second;
-    None: CAPACITY_SHARES of what every method served at the lowest rank. num_adapters: of each rank.
+    None: CAPACITY_SHARES of what every method served at the lowest rank. num_adapters: of each rank. measures: of MEASURES.
+    num_steps: new tokens of a row, the prefill's among them, where steps are timed.
     """
 
     load: LoadSettings
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16)
     rates: tuple[float, ...] | None = PAPER_RATES
     num_adapters: int = 8
+    measures: tuple[str, ...] = MEASURES
+    num_steps: int = NUM_STEPS
 
     def __post_init__(self) -> None:
         if not self.ranks or min(self.ranks) < 1:
@@ -44,6 +59,15 @@ class SweepSettings:
         if len(set(self.ranks)) < len(self.ranks):
             raise RequestError("a rank is given twice: name each once")
         object.__setattr__(self, "ranks", tuple(sorted(self.ranks)))
+        unknown = [name for name in self.measures if name not in MEASURES]
+        if unknown or not self.measures:
+            raise RequestError(f"a sweep measures {', '.join(MEASURES)}: name at least one of them, and nothing else")
+        if LATENCY not in self.measures:
+            object.__setattr__(self, "rates", ())
+        if self.rates is None and THROUGHPUT not in self.measures:
+            raise RequestError("rates of its own are shares of the throughput: measure that too, or name the rates")
+        if self.num_steps < 2:
+            raise RequestError(f"a row needs at least 2 new tokens for a decode step to be timed, not {self.num_steps}")
         for rate in self.rates or ():
             if not 0 < rate < math.inf:
                 raise RequestError(f"latency is measured at a finite rate above 0, not {rate:g}")
@@ -62,71 +86,39 @@ class SweepSettings:
 
 
 @dataclass(frozen=True)
-class SweepPoint:
-    """One method at one rank, at one rate, infinite for throughput. Ranges are over repeats."""
-
-    rank: int
-    rate: float
-    method: str
-    figures: LoadFigures
-    by_repeat: tuple[dict[str, float | None], ...]  # tokens_per_s, requests_per_s, s_per_token
-    saturation: str | None
-
-    @property
-    def value(self) -> float | None:
-        """tokens/s of a throughput, s/token of a latency; None where no request finished."""
-        return self.figures.tokens_per_s or None if math.isinf(self.rate) else self.figures.s_per_token.get("mean")
-
-    @property
-    def range(self) -> tuple[float, float] | None:
-        """The least and the most over repeats; None where there was one."""
-        name = "tokens_per_s" if math.isinf(self.rate) else "s_per_token"
-        values = [repeat[name] for repeat in self.by_repeat if repeat[name]]
-        return (min(values), max(values)) if len(values) > 1 else None
-
-
-@dataclass(frozen=True)
 class SweepResult:
     """All that a sweep found.
 
-    capacity: requests a second that every method served at the lowest rank; None where that was not measured. rates: at which
-    latency was measured. rows: as `LoadResult.to_rows`, with the rank.
+    capacity: requests a second that every method served at the lowest rank; None where rates were not taken from it. rates: at
+    which latency was measured. rows: a dict per rank, measure, rate and method; points: the same to be drawn.
     """
 
     settings: SweepSettings
     capacity: float | None
     rates: tuple[float, ...]
-    points: tuple[SweepPoint, ...]
     rows: tuple[dict, ...]
     max_batch_size: int
     environment: dict
     command: str
     interrupted: bool
 
-    def at(self, rate: float) -> dict[str, list[SweepPoint]]:
-        """method → its points at a rate, by rank."""
-        return {
-            method: [point for point in self.points if point.rate == rate and point.method == method]
-            for method in self.settings.load.methods
-        }
+    @property
+    def points(self) -> tuple[SweepPoint, ...]:
+        return points_of(self.rows)
 
 
 @dataclass(frozen=True)
-class SweepProgress:
-    """How far a sweep is. run: of num_runs, from 0."""
+class Measured:
+    """One measure of all methods at one rank is done. rows: one for each method."""
 
-    rank: int
-    rate: float
-    run: int
-    num_runs: int
-    load: LoadProgress
+    rows: tuple[dict, ...]
 
 
 class Sweep:
     """One sweep of one engine, which has to have room for a rank's adapters and a queue for all of a run's requests.
 
     command: what makes it again. should_stop: as `run_load` takes it; what was measured by then is the result. add_adapters: what
-    registers a rank's, by default `add_random_adapters`.
+    registers a rank's, by default `add_random_adapters`. rows: of an earlier sweep, kept where they were measured in the same way.
     """
 
     def __init__(
@@ -137,34 +129,36 @@ class Sweep:
         command: str,
         should_stop: Callable[[], bool] = lambda: False,
         add_adapters: Callable[..., Sequence[str]] | None = None,
+        rows: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.add_adapters = add_adapters or add_random_adapters
         self.engine, self.source, self.settings, self.command, self.should_stop = engine, source, settings, command, should_stop
         self.capacity: float | None = None
         self.rates = settings.rates
         self.interrupted = False
-        self._points: list[SweepPoint] = []
-        self._rows: list[dict] = []
-        self._num_runs_done = 0
+        self._environment = hardware.environment({settings.kind: engine})
+        self.setting = self._conditions()
+        self._rows: list[dict] = [dict(row) | {"command": command} for row in rows if row.get("setting") == self.setting]
+        self._seconds: dict[str, list[float]] = {}  # measure → what it took at each rank
 
-    @property
-    def num_runs(self) -> int:
-        """Of all methods, at all ranks and rates, all repeats."""
-        num_rates = 1 + len(CAPACITY_SHARES if self.settings.rates is None else self.settings.rates)
-        return len(self.settings.ranks) * num_rates * len(self.settings.load.methods) * self.settings.load.repeats
-
-    def run(self) -> Iterator[SweepProgress]:
-        """Measure everything and yield how far it is."""
+    def run(self) -> Iterator[HowFar | Measured]:
+        """Measure what is missing, and yield how far it is and what has come, rank by rank."""
         for rank in self.settings.ranks:
-            tags = self.add_adapters(
-                self.engine, self.settings.num_adapters, rank, self.settings.load.methods, self.settings.load.traffic.seed
-            )
+            tags: Sequence[str] = ()
             try:
-                yield from self._measure(rank, THROUGHPUT, tags)
-                if self.rates is None and not self.interrupted:
-                    self.rates = self._rates_of_capacity()
-                for rate in self.rates or ():
-                    yield from self._measure(rank, rate, tags)
+                for measure in self._measures():
+                    if self.interrupted or self._has(rank, measure):
+                        continue
+                    if not tags:
+                        tags = self.add_adapters(
+                            self.engine, self.settings.num_adapters, rank, self.settings.load.methods, self._seed
+                        )
+                    began_s = time.monotonic()
+                    rows = yield from self._measure(rank, measure, tags)
+                    if rows:
+                        self._seconds.setdefault(measure.name, []).append(time.monotonic() - began_s)
+                        self._rows = [row for row in self._rows if not _is_of(row, rank, measure)] + rows
+                        yield Measured(tuple(rows))
             finally:
                 for tag in tags:
                     self.engine.remove_adapter(tag)
@@ -174,76 +168,171 @@ class Sweep:
         """Those of `result`, as they come."""
         return tuple(self._rows)
 
+    @property
+    def num_missing(self) -> int:
+        """Measures of ranks that are still to come, as far as the rates are known."""
+        return sum(not self._has(rank, measure) for rank in self.settings.ranks for measure in self._planned())
+
     def result(self) -> SweepResult:
         """What has been measured so far."""
         return SweepResult(
             settings=self.settings,
             capacity=self.capacity,
             rates=self.rates or (),
-            points=tuple(self._points),
             rows=tuple(self._rows),
             max_batch_size=self.engine.max_batch_size,
-            environment=hardware.environment({self.settings.kind: self.engine}),
+            environment=self._environment,
             command=self.command,
             interrupted=self.interrupted,
         )
 
+    # ------------------------------------------------------------------------------------------------ what is missing
+
+    @property
+    def _seed(self) -> int:
+        return self.settings.load.traffic.seed
+
+    def _conditions(self) -> dict[str, Any]:
+        """What two rows must have in common to be points of one sweep."""
+        load, facts = self.settings.load, self._environment
+        traffic = load.traffic
+        return {
+            "first": load.methods[0],
+            "model": facts["models"][self.settings.kind],
+            "hardware": {name: facts.get(name) for name in ("device", "device_name", "threads", "torch")},
+            "batch": self.engine.max_batch_size,
+            "num_adapters": self.settings.num_adapters,
+            "popularity": traffic.popularity,
+            "prompt_lengths": str(traffic.prompt_tokens),
+            "new_lengths": str(traffic.new_tokens),
+            "num_steps": self.settings.num_steps,
+            "num_requests": traffic.num_requests,
+            "burstiness": "inf" if math.isinf(traffic.burstiness) else traffic.burstiness,
+            "repeats": load.repeats,
+            "seed": traffic.seed,
+        }
+
+    def _measures(self) -> Iterator[Measure]:
+        """Of one rank. Rates that are shares of a capacity are known once the lowest rank's throughput is."""
+        if STEP_TIME in self.settings.measures:
+            yield Measure(STEP_TIME)
+        if THROUGHPUT in self.settings.measures:
+            yield Measure(THROUGHPUT, math.inf)
+        if self.rates is None and not self.interrupted:
+            self.rates = self._rates_of_capacity()
+        yield from (Measure(LATENCY, rate) for rate in self.rates or ())
+
+    def _planned(self) -> list[Measure]:
+        rates = [0.0] * len(CAPACITY_SHARES) if self.rates is None else self.rates  # at rates that are not known yet
+        latencies = [Measure(LATENCY, rate) for rate in rates] if LATENCY in self.settings.measures else []
+        loads = [Measure(THROUGHPUT, math.inf)] if THROUGHPUT in self.settings.measures else []
+        return [*([Measure(STEP_TIME)] if STEP_TIME in self.settings.measures else []), *loads, *latencies]
+
+    def _has(self, rank: int, measure: Measure) -> bool:
+        """Whether every method was measured: they are measured in turn, and one alone would be beside nothing."""
+        return set(self.settings.load.methods) <= {row["method"] for row in self._rows if _is_of(row, rank, measure)}
+
     def _rates_of_capacity(self) -> tuple[float, ...]:
         """CAPACITY_SHARES of what the slowest method served at the lowest rank, to two digits, as one would ask for it again."""
-        self.capacity = min(point.figures.requests_per_s for point in self._points)
+        lowest = [row for row in self._rows if row["measures"] == THROUGHPUT and row["rank"] == self.settings.ranks[0]]
+        self.capacity = min((row["requests_per_s"] for row in lowest), default=0.0)
         if not self.capacity:
             raise RequestError("no request finished at the lowest rank, so there is no capacity to take rates from: give --rate")
         return tuple(float(f"{share * self.capacity:.2g}") for share in CAPACITY_SHARES)
 
-    def _measure(self, rank: int, rate: float, tags: Sequence[str]) -> Iterator[SweepProgress]:
-        """All methods in turn at one rank and rate."""
+    # -------------------------------------------------------------------------------------------------------- measure
+
+    def _measure(self, rank: int, measure: Measure, tags: Sequence[str]) -> Iterator[HowFar]:
+        """All methods in turn; returns their rows, none where it was stopped before its end."""
+        before = self._share()
+        timing = self._steps(rank, tags) if measure.name == STEP_TIME else self._load(measure.rate, tags)
+        while True:
+            try:
+                words, part = next(timing)
+            except StopIteration as end:
+                rows = end.value
+                break
+            yield HowFar(f"rank {rank}, {words}", before + part * self._share_of(measure))
         if self.interrupted:
-            return
+            return []
+        shared = {"measures": measure.name, "rank": rank, "setting": self.setting}
+        return [shared | row for row in rows if row["kind"] == self.settings.kind]
+
+    def _steps(self, rank: int, tags: Sequence[str]) -> Iterator[tuple[str, float]]:
+        """Decode steps of one full batch; yields words and the part that is done, returns rows."""
+        load, kind, num = self.settings.load, self.settings.kind, self.engine.max_batch_size
+        traffic = replace(load.traffic, num_requests=num, rate=math.inf, all_adapters=True)
+        planned = traffic.plan({kind: self.source}, {kind: tags})
+        requests = [self._full_length(one.request()) for one in planned]
+        options = {"warmup_steps": WARMUP_STEPS, "repeats": load.repeats, "seed": traffic.seed, "verify": False}
+        result = None
+        for event in compare({kind: self.engine}, requests, load.methods, should_stop=self._asks_to_stop, **options):
+            if isinstance(event, Progress):
+                yield f"step time: {event.stage} {event.done} of {event.total}", event.done / max(1, event.total)
+            elif isinstance(event, Finished):
+                result = event.result
+        if result.failures:
+            raise RequestError(next(iter(result.failures.values())))
+        facts = {"rate": None, "prompt_lengths": str(traffic.prompt_tokens), "num_adapters": {kind: len(tags)}}
+        return [row | facts | {"command": self.command} for row in result.to_rows()]
+
+    def _full_length(self, request: Request) -> Request:
+        return replace(request, max_new_tokens=self.settings.num_steps)
+
+    def _load(self, rate: float, tags: Sequence[str]) -> Iterator[tuple[str, float]]:
+        """Runs at a rate; yields words and the part that is done, returns rows."""
         load, kind = self.settings.load, self.settings.kind
         settings = replace(load, traffic=replace(load.traffic, rate=rate, all_adapters=True))
         runs: list[MethodRun] = []
+        num_runs = len(load.methods) * load.repeats
+        called = "throughput" if math.isinf(rate) else f"latency at {rate:g}/s"
         for event in run_load({kind: self.engine}, {kind: self.source}, {kind: tags}, settings, self._asks_to_stop):
             if isinstance(event, LoadProgress):
-                yield SweepProgress(rank, rate, self._num_runs_done + len(runs), self.num_runs, event)
+                doing = f"{event.done} of {event.total} requests" if event.sample else "warm-up"
+                part = event.done / event.total if event.sample and event.total else 0.0
+                yield f"{called}: {event.method}, {doing}", (len(runs) + part) / num_runs
             elif not event.interrupted:
                 runs.append(event)
-        self._num_runs_done += len(load.methods) * load.repeats
-        found = LoadResult.of(runs, settings, {kind: self.engine}, self.command)
-        for method, one in found.methods.items():
-            self._points.append(SweepPoint(rank, rate, method, one.figures, one.by_repeat, one.saturation))
-        measures = "throughput" if math.isinf(rate) else "latency"
-        self._rows += [{"measures": measures, "rank": rank} | row for row in found.to_rows() if row["kind"] == kind]
+        return LoadResult.of(runs, settings, {kind: self.engine}, self.command).to_rows()
 
     def _asks_to_stop(self) -> bool:
         self.interrupted = self.interrupted or bool(self.should_stop())
         return self.interrupted
 
+    # -------------------------------------------------------------------------------------------------------- how far
 
-def crossover(first: Sequence[SweepPoint], second: Sequence[SweepPoint]) -> float | None:
-    """The rank from which on the first method is worse than the second; both by rank, at the same rate.
+    def _expected_s(self, measure: Measure) -> float:
+        """What it takes at a rank: as long as at the ranks before, or as all measures on average, or a second."""
+        known = self._seconds.get(measure.name) or [one for own in self._seconds.values() for one in own] or [1.0]
+        return sum(known) / len(known)
 
-    Between two measured ranks it is where the logarithm of the methods' ratio, drawn as a line over the logarithm of the rank,
-    passes zero. 0 where the first is worse from the lowest rank on, infinite where it is not at the highest; None without a rank
-    that both have. Where the lines cross more often, the last time counts.
-    """
-    others = {point.rank: point for point in second}
-    ratios: list[tuple[float, float]] = []  # (log rank, log of how much better the first is)
-    for point in first:
-        other = others.get(point.rank)
-        if point.value and other is not None and other.value:
-            advantage = math.log(point.value / other.value)
-            ratios.append((math.log(point.rank), advantage if math.isinf(point.rate) else -advantage))
-    return crossing(ratios)
+    def _expected(self) -> tuple[float, float]:
+        """Seconds that were needed, and that are still to come."""
+        missing = [measure for rank in self.settings.ranks for measure in self._planned() if not self._has(rank, measure)]
+        return sum(one for own in self._seconds.values() for one in own), sum(map(self._expected_s, missing))
+
+    def _share(self) -> float:
+        done, to_come = self._expected()
+        return done / (done + to_come) if done + to_come else 1.0
+
+    def _share_of(self, measure: Measure) -> float:
+        done, to_come = self._expected()
+        return self._expected_s(measure) / (done + to_come) if done + to_come else 0.0
 
 
-def crossing(advantages: Sequence[tuple[float, float]]) -> float | None:
-    """The rank from which on an advantage is lost: (log rank, log of how much better) by rank; as `crossover`."""
-    ratios = list(advantages)
-    if not ratios:
-        return None
-    if ratios[-1][1] >= 0:
-        return math.inf
-    for (left, above), (right, below) in zip(ratios[-2::-1], ratios[:0:-1], strict=True):
-        if above >= 0:
-            return math.exp(left + (right - left) * above / (above - below))
-    return 0.0
+def _is_of(row: Mapping[str, Any], rank: int, measure: Measure) -> bool:
+    return row["rank"] == rank and SweepPoint.of_row(row).measure == measure
+
+
+def rows_from(path: str | os.PathLike) -> list[dict]:
+    """The rows of a sweep in a file, none where there is no file yet; RequestError where it holds anything else."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        points_of(rows)
+    except OSError as error:
+        raise RequestError(f"cannot read {path.name!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise RequestError(f"{path.name!r} holds no rows of a sweep: name a file that `sweep --resume` wrote") from error
+    return rows

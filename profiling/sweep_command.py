@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from flora.errors import RequestError
 from profiling import hardware, report
-from profiling.load_command import MAX_WAITING, check_numbers, interruptible, model_words, show_progress
+from profiling.events import HowFar
+from profiling.load_command import MAX_WAITING, check_numbers, interruptible, model_words
 from profiling.load_runs import LoadSettings, sources_of
 from profiling.loading import load_engine, set_threads
 from profiling.options import weight_words
-from profiling.sweep import Sweep, SweepSettings
+from profiling.sweep import Sweep, SweepSettings, rows_from
+from profiling.sweep_points import LATENCY, STEP_TIME, THROUGHPUT
 from profiling.sweep_report import report_of
 from profiling.traffic import Lengths, Traffic
+
+MEASURE_NAMES = {"step": STEP_TIME, "throughput": THROUGHPUT, "latency": LATENCY}
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining} left"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -25,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
     check_numbers(options, ("adapters",))
     report.check(options)
     settings = settings_from(options)
+    kept = rows_from(options.resume) if options.resume else []
     set_threads(options.threads)
     engine = load_engine(
         settings.kind,
@@ -38,12 +44,15 @@ def run(options: argparse.Namespace) -> int:
     try:
         print(hardware.summary(hardware.environment({settings.kind: engine})), end="\n\n", file=report.said(options))
         source = sources_of({settings.kind: engine})[settings.kind]
-        with interruptible() as interrupts, tqdm(leave=False, disable=None, unit="request") as bar:
-            sweep = Sweep(engine, source, settings, command_line(settings, options), lambda: bool(interrupts))
-            for progress in sweep.run():
-                rate = "all at once" if math.isinf(progress.rate) else f"{progress.rate:g}/s"
-                where = f"run {progress.run + 1}/{progress.num_runs}, rank {progress.rank}, {rate}, "
-                show_progress(bar, progress.load, settings.load.repeats, where)
+        with interruptible() as interrupts, tqdm(total=100, leave=False, disable=None, bar_format=_BAR) as bar:
+            command = command_line(settings, options)
+            sweep = Sweep(engine, source, settings, command, lambda: bool(interrupts), rows=kept)
+            _check_kept(kept, sweep, options)
+            for event in sweep.run():
+                if isinstance(event, HowFar):
+                    show_progress(bar, event)
+                elif options.resume:  # what was measured before an end is kept
+                    report.write_text(options.resume, report.lines_of(sweep.rows))
         result = sweep.result()
     finally:
         engine.close(timeout_s=0.0)
@@ -51,9 +60,31 @@ def run(options: argparse.Namespace) -> int:
     return 130 if result.interrupted else 0
 
 
+def _check_kept(kept: list[dict], sweep: Sweep, options: argparse.Namespace) -> None:
+    """RequestError where a file's rows were not measured in the way that is asked for now: they would be written over."""
+    lost = [row for row in kept if row.get("setting") != sweep.setting]
+    if lost:
+        before = lost[0].get("setting") or {}
+        differs = next((name for name, value in sweep.setting.items() if before.get(name) != value), "setting")
+        raise RequestError(
+            f"{Path(options.resume).name!r} was measured with another {differs.replace('_', ' ')}: name another file, or give the "
+            "options that it was measured with"
+        )
+
+
+def show_progress(bar: tqdm, progress: HowFar) -> None:
+    """Put how far the sweep is on a bar of 100 %."""
+    bar.set_description(progress.words, refresh=False)
+    bar.n = round(100 * progress.share)
+    bar.refresh()
+
+
 def settings_from(options: argparse.Namespace) -> SweepSettings:
     """What the options ask to be measured; RequestError for what makes no sense."""
     rates: tuple[float, ...] | None = None
+    unknown = [name for name in options.measures if name not in MEASURE_NAMES]
+    if unknown:
+        raise RequestError(f"--measures takes {', '.join(MEASURE_NAMES)}, not {unknown[0]!r}")
     if options.rate != ["auto"]:
         try:
             rates = tuple(float(rate) for rate in options.rate)
@@ -76,7 +107,8 @@ def settings_from(options: argparse.Namespace) -> SweepSettings:
         repeats=options.repeats,
         stop_when_saturated=not options.no_saturation_stop,
     )
-    return SweepSettings(load, tuple(options.ranks), rates, options.adapters)
+    measures = tuple(MEASURE_NAMES[name] for name in options.measures)
+    return SweepSettings(load, tuple(options.ranks), rates, options.adapters, measures, options.steps)
 
 
 def command_line(settings: SweepSettings, options: argparse.Namespace) -> str:
@@ -84,8 +116,11 @@ def command_line(settings: SweepSettings, options: argparse.Namespace) -> str:
     load, traffic = settings.load, settings.load.traffic
     words = ["python", "-m", "profiling", "sweep", "--methods", *load.methods]
     words += model_words(options, [settings.kind])
-    words += ["--kind", settings.kind, "--ranks", *map(str, settings.ranks), "--rate"]
-    words += ["auto"] if settings.rates is None else [f"{rate:g}" for rate in settings.rates]
+    words += ["--kind", settings.kind, "--ranks", *map(str, settings.ranks)]
+    words += ["--measures", *(name for name, measure in MEASURE_NAMES.items() if measure in settings.measures)]
+    if LATENCY in settings.measures:
+        words += ["--rate", *(["auto"] if settings.rates is None else [f"{rate:g}" for rate in settings.rates])]
+    words += ["--steps", str(settings.num_steps)] if STEP_TIME in settings.measures else []
     words += ["--burstiness", f"{traffic.burstiness:g}"] if traffic.burstiness != 1 else []
     words += ["--requests", str(traffic.num_requests), "--prompt-tokens", str(traffic.prompt_tokens)]
     words += ["--new-tokens", str(traffic.new_tokens), "--popularity", traffic.popularity, "--adapters", str(settings.num_adapters)]

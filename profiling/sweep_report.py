@@ -1,128 +1,138 @@
-"""A sweep on paper: its table, what it says, the charts of throughput and latency by rank."""
+"""A sweep on paper: its table, what it says, the charts of where methods cross and of each measure by rank."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from profiling.figures import METHOD_STYLES, Chart, axis_ceiling, chart_layout
+from profiling.figures import METHOD_STYLES
 from profiling.load_report import LEFT_TO_JSON, conditions_of
 from profiling.report import Note, Report, Table, TitledChart
-from profiling.sweep import THROUGHPUT, SweepPoint, SweepResult, crossover
+from profiling.sweep import SweepResult
+from profiling.sweep_figures import by_rank, crossing_chart
+from profiling.sweep_points import (
+    LATENCY,
+    STEP_TIME,
+    Crossover,
+    Measure,
+    SweepPoint,
+    advantages,
+    by_method,
+    crossover,
+    measures_of,
+)
 
 NOTE = (
-    "Throughput: all requests are there from the start. Latency: requests arrive at a rate, and s/token is end-to-end seconds per "
-    "new token, waiting included, the mean over requests, as in the paper's Figures 2 and 3. The methods took turns at every rank "
-    "and rate."
+    "Step time: the median decode step of one full batch, the methods' steps in turn, the device synchronised on both sides; a "
+    "crossover's interval is where the 95 % bootstrap intervals of the paired ratios cross 1. Throughput: all requests are there "
+    "from the start. Latency: requests arrive at a rate, and s/token is end-to-end seconds per new token, waiting included, the "
+    "mean over requests, as in the paper's Figures 2 and 3. The methods took turns at every rank and rate."
 )
 
 
-def report_of(result: SweepResult) -> Report:
-    """All that is said and drawn of a sweep."""
-    throughput = by_rank(result.at(THROUGHPUT), "Throughput by rank", "tokens/s", "higher is better")
-    charts = [TitledChart("Throughput by rank", throughput)]
-    for rate in result.rates:
-        title = f"Latency by rank, {rate:g} requests a second"
-        charts.append(TitledChart(title, by_rank(result.at(rate), title, "s/token", "lower is better")))
-    saturated = any(point.saturation for point in result.points)
+def report_of(result: SweepResult, more: Iterable[Table | Note] = ()) -> Report:
+    """All that is said and drawn of a sweep. more: what follows the charts."""
+    points, ranks, first = result.points, result.settings.ranks, result.settings.load.methods[0]
+    measures = measures_of(points)
+    charts = []
+    if measures and len(result.settings.load.methods) > 1:
+        charts.append(TitledChart("Where methods cross", crossing_chart(points, measures[0], ranks, first)))
+    charts += [TitledChart(f"{measure} by rank", by_rank(points, measure, ranks)) for measure in measures]
+    saturated = any(point.saturation for point in points)
     note = "* over-saturated: the number grows with the length of the run." if saturated else ""
     return Report(
-        title="throughput and latency by rank",
-        sentences=verdicts(result),
+        title="a sweep over ranks",
+        sentences=verdicts(points, first) or ["Nothing was measured."],
         conditions=conditions(result),
-        parts=[*charts, Table(*table(result), note=note), Note(NOTE)],
+        parts=[*charts, Table(*table(points), note=note), Note(NOTE), *more],
         environment=result.environment,
         command=result.command,
         rows=result.rows,
-        left_to_json=LEFT_TO_JSON,
+        left_to_json=LEFT_TO_JSON | {"setting"},
     )
 
 
-def by_rank(points: Mapping[str, Sequence[SweepPoint]], title: str, unit: str, direction: str) -> Chart:
-    """A line per method over the ranks; hollow marks are over-saturated runs, bars the range over repeats."""
-    traces, found, values, ranks = [], [], [], sorted({point.rank for own in points.values() for point in own})
-    for method, own in points.items():
-        style, measured = METHOD_STYLES[method], [point for point in own if point.value]
-        trace = {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": style.label,
-            "x": [point.rank for point in measured],
-            "y": [float(f"{point.value:.5g}") for point in measured],
-            "line": {"color": style.colour, "dash": style.dash, "width": 2},
-            "marker": {
-                "color": style.colour,
-                "size": 9,
-                "symbol": [style.symbol + "-open" * bool(point.saturation) for point in measured],
-                "line": {"width": 1.5},
-            },
-            "text": [" (over-saturated)" if point.saturation else "" for point in measured],
-            "hovertemplate": f"rank %{{x}}: %{{y:.4g}} {unit}%{{text}}<extra>{style.label}</extra>",
-        }
-        if any(point.range for point in measured):
-            ranges = [point.range or (point.value, point.value) for point in measured]
-            trace["error_y"] = {
-                "type": "data",
-                "symmetric": False,
-                "array": [max(0.0, most - point.value) for (_, most), point in zip(ranges, measured, strict=True)],
-                "arrayminus": [max(0.0, point.value - least) for (least, _), point in zip(ranges, measured, strict=True)],
-                "color": style.colour,
-                "thickness": 1.2,
-                "width": 3,
-            }
-        traces.append(trace)
-        values += [max(point.range or (point.value,)) for point in measured]
-        if measured:
-            ends = [measured[0], measured[-1]] if len(measured) > 1 else measured
-            found.append(f"{style.label} {' to '.join(f'{point.value:.4g} at rank {point.rank}' for point in ends)}")
-    ends = (math.log10(min(ranks, default=1)) - 0.05, math.log10(max(ranks, default=1)) + 0.05)
-    layout = chart_layout(title, "rank", unit, ends, (0, axis_ceiling(max(values, default=0.0))))
-    layout["xaxis"] |= {"type": "log", "tickmode": "array", "tickvals": ranks, "ticktext": [str(rank) for rank in ranks]}
-    layout["height"] = 360
-    if not found:
-        return Chart({"data": traces, "layout": layout}, f"{title}: nothing measured yet.")
-    saturated = any(point.saturation for own in points.values() for point in own)
-    hollow = "; hollow marks are over-saturated, and grow with the length of the run" if saturated else ""
-    return Chart({"data": traces, "layout": layout}, f"{title}, in {unit}: {'; '.join(found)}; {direction}{hollow}.")
-
-
-def verdicts(result: SweepResult) -> list[str]:
-    """Where the first method stops being better than each other one, a sentence for each and each rate."""
+def verdicts(points: Sequence[SweepPoint], first: str) -> list[str]:
+    """Where the first method stops being better than each other one, a sentence for each and each measure."""
     said = []
-    for rate in (THROUGHPUT, *result.rates):
-        points = result.at(rate)
-        methods = [method for method, own in points.items() if own]
-        for other in methods[1:]:
-            said.append(
-                _verdict(points[methods[0]], points[other], rate, METHOD_STYLES[methods[0]].label, METHOD_STYLES[other].label)
-            )
+    for measure in measures_of(points):
+        own = by_method(points, measure)
+        for method in own:
+            if method not in (first, "base") and first in own:
+                said.append(_verdict(measure, first, method, own))
     return said
 
 
-def _verdict(first: Sequence[SweepPoint], second: Sequence[SweepPoint], rate: float, label: str, other: str) -> str:
-    measure = "Throughput" if math.isinf(rate) else f"Latency at {rate:g} requests/s"
-    better = "higher" if math.isinf(rate) else "lower"
-    rank = crossover(first, second)
-    if rank is None:
+def _verdict(measure: Measure, first: str, other: str, own: Mapping[str, Sequence[SweepPoint]]) -> str:
+    label, than = METHOD_STYLES[first].label, METHOD_STYLES[other].label
+    better = {STEP_TIME: "shorter", LATENCY: "lower"}.get(measure.name, "higher")
+    found = advantages(own[first], own[other])
+    crossed = crossover(found)
+    if crossed is None:
         return f"{measure}: nothing to compare."
-    if math.isinf(rank):
-        highest = max(point.rank for point in first)
-        return f"{measure}: {label}'s is {better} than {other}'s up to the highest rank measured, {highest}."
-    if rank == 0.0:
-        return f"{measure}: {label}'s is not {better} than {other}'s at any rank measured."
-    return f"{measure}: {label}'s is {better} than {other}'s up to a rank of about {rank:.2g}."
+    lowest, highest = found[0].rank, found[-1].rank
+    interval = _interval(crossed, lowest, highest)
+    if math.isinf(crossed.rank):
+        return f"{measure}: {label}'s is {better} than {than}'s up to the highest rank measured, {highest}{interval}."
+    if crossed.rank == 0.0:
+        return f"{measure}: {label}'s is not {better} than {than}'s at any rank measured{interval}."
+    return f"{measure}: {label}'s is {better} than {than}'s up to a rank of about {crossed.rank:.2g}{interval}."
 
 
-def table(result: SweepResult) -> tuple[list[str], list[list[str]]]:
+def _interval(crossed: Crossover, lowest: int, highest: int) -> str:
+    """Such as " [4.9, 6.8]", where there is one that says more than the sentence."""
+    if crossed.low is None or crossed.high is None or crossed.low == crossed.high:
+        return ""
+    low = f"below {lowest}" if crossed.low == 0.0 else f"above {highest}" if math.isinf(crossed.low) else f"{crossed.low:.2g}"
+    high = f"above {highest}" if math.isinf(crossed.high) else f"below {lowest}" if crossed.high == 0.0 else f"{crossed.high:.2g}"
+    return f" [{low}, {high}]"
+
+
+def headline(points: Sequence[SweepPoint], first: str) -> str:
+    """Where the first method stops winning, in one sentence: by the step time, else by what was measured instead."""
+    label, measures = METHOD_STYLES[first].label, measures_of(points)
+    own = by_method(points, measures[0]) if measures else {}
+    others = [method for method in own if method not in (first, "base")]
+    said = []
+    for method in others if first in own else ():
+        found = advantages(own[first], own[method])
+        crossed = crossover(found)
+        if crossed is not None:
+            where = (
+                f"at no rank up to {found[-1].rank}"
+                if math.isinf(crossed.rank)
+                else f"from the lowest rank on, {found[0].rank}"
+                if crossed.rank == 0.0
+                else f"from a rank of about {crossed.rank:.2g} on"
+            )
+            said.append(f"to {METHOD_STYLES[method].label} {where}{_interval(crossed, found[0].rank, found[-1].rank)}")
+    if not said:
+        return ""
+    what = {STEP_TIME: "In decode steps", LATENCY: f"In latency at {measures[0].rate or 0:g} requests/s"}
+    return f"{what.get(measures[0].name, 'In throughput')}, {label} loses {_listed(said)}."
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def table(points: Sequence[SweepPoint]) -> tuple[list[str], list[list[str]]]:
     """Heads and cells, a line per rank and method."""
-    heads = ["rank", "method", "tokens/s", *(f"s/token at {rate:g}/s" for rate in result.rates)]
+    measures = measures_of(points)
+    heads = ["rank", "method"]
+    for measure in measures:
+        heads += ["step ms", "step / the first's"] if measure.name == STEP_TIME else []
+        heads += [] if measure.name == STEP_TIME else [f"s/token at {measure.rate:g}/s" if measure.name == LATENCY else "tokens/s"]
+    at = {(point.rank, point.method, point.measure): point for point in points}
     lines = []
-    for rank in result.settings.ranks:
-        for method in result.settings.load.methods:
-            own = {point.rate: point for point in result.points if point.rank == rank and point.method == method}
-            cells = [_cell(own.get(rate), 0 if math.isinf(rate) else 4) for rate in (THROUGHPUT, *result.rates)]
-            if own:
-                lines.append([str(rank), METHOD_STYLES[method].label, *cells])
+    for rank, method in dict.fromkeys((point.rank, point.method) for point in points):
+        line = [str(rank), METHOD_STYLES[method].label]
+        for measure in measures:
+            point = at.get((rank, method, measure))
+            line.append(_cell(point, {STEP_TIME: 2, LATENCY: 4}.get(measure.name, 0)))
+            if measure.name == STEP_TIME:
+                line.append("–" if point is None else "1" if point.ratio is None else str(point.ratio))
+        lines.append(line)
     return heads, lines
 
 
@@ -134,9 +144,13 @@ def _cell(point: SweepPoint | None, digits: int) -> str:
 
 def conditions(result: SweepResult) -> str:
     """n, warm-up and the rest of what must stand beside the numbers, in one line."""
-    load = result.settings.load
-    parts = [f"{load.traffic.num_requests} requests a run", *conditions_of(load)]
-    parts += [f"batch of {result.max_batch_size}", f"{result.settings.num_adapters} random adapters of each rank"]
+    settings = result.settings
+    load = settings.load
+    parts = [f"batch of {result.max_batch_size}", f"{settings.num_adapters} random adapters of each rank"]
+    parts += [f"{settings.num_steps} new tokens a row where steps are timed"] if STEP_TIME in settings.measures else []
+    runs = set(settings.measures) != {STEP_TIME}
+    parts += [f"{load.traffic.num_requests} requests a run"] if runs else []
+    parts += conditions_of(load)
     if result.capacity:
         shares = " and ".join(f"{rate:g}/s" for rate in result.rates)
         parts.append(f"rates {shares}, shares of the {result.capacity:.3g} requests/s that every method served at the lowest rank")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,12 @@ def rows_of(requests: Sequence[Request], audio_names: Mapping[int, str]) -> list
 # ------------------------------------------------------------------------------------------------------------- command
 
 
+def _asks_any_base_model(engine: Engine, kind: str, rows: Iterable[Mapping]) -> bool:
+    """Whether one of the rows' adapters names another base model and was taken anyway."""
+    tags = {row["adapter"] for row in rows if SOURCES[kind] in row}
+    return any(engine.adapters[tag].any_base_model for tag in tags & engine.adapters.keys())
+
+
 def command_line(
     engines: Mapping[str, Engine],
     requests: Sequence[Request],
@@ -211,7 +217,8 @@ def command_line(
         ("--max-new-tokens", {row["max_new_tokens"] for row in rows}),
     ):
         words += [option, str(values.pop())] if len(values) == 1 else []
-    words += weight_words(engines[kinds[0]]) if kinds else []
+    if kinds:
+        words += weight_words(engines[kinds[0]], any(_asks_any_base_model(engines[kind], kind, rows) for kind in kinds))
     words += [
         "--warmup",
         str(warmup_steps),

@@ -40,7 +40,8 @@ class FakeEngine:
 
     def __post_init__(self):
         self.device, self.dtype, self.name = torch.device("cpu"), torch.float32, self.kind
-        self.adapters = {tag: SimpleNamespace(ranks={"flora": 1, "lora": 4}, sources=()) for tag in ("lua", "cs")}
+        facts = {"ranks": {"flora": 1, "lora": 4}, "sources": (), "any_base_model": False}
+        self.adapters = {tag: SimpleNamespace(**facts) for tag in ("lua", "cs")}
         self.weights, self.quantize, self.llm_int8_threshold = "pretrained", None, None
         self.model = torch.nn.Linear(2, 2)
         self.model.num_parameters = lambda: 6

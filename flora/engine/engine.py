@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import queue
 import random
@@ -124,15 +125,19 @@ class Engine:
         layers = inject(loaded.model, holder, skip=(loaded.model.get_output_embeddings(),))
         for layer in layers.values():
             layer.store_by_input()
-        self.bank = AdapterBank(layers, holder, self.device, self.dtype, adapter_slots, host_adapter_bytes)
-        self.runner = make_runner(loaded, self.bank)
         self._vocabulary = vocabulary_of(loaded)
         self._turns, self._compute = turns_on(self.device), compute_on(self.device)
+        self._serve(loaded, AdapterBank(layers, holder, self.device, self.dtype, adapter_slots, host_adapter_bytes), max_waiting)
+
+    def _serve(self, loaded: LoadedModel | Engine, bank: AdapterBank, max_waiting: int) -> None:
+        """Begin with these adapters, an empty line and no batch."""
+        self.bank = bank
+        self.runner = make_runner(loaded, bank)
         self._counts = Counts()
         self._own_batches: weakref.WeakSet[Core] = weakref.WeakSet()  # of `start`
         self._own_batches_guard = threading.Lock()  # one thread adds while another looks
-        make_core = partial(self._make_core, max_rows=max_batch_size, max_batch_tokens=max_batch_tokens)
-        self._server = Server(make_core, self.bank, self._turns, self._compute, max_waiting)
+        make_core = partial(self._make_core, max_rows=self.max_batch_size, max_batch_tokens=self.max_batch_tokens)
+        self._server = Server(make_core, bank, self._turns, self._compute, max_waiting)
 
     @classmethod
     def from_pretrained(
@@ -160,6 +165,18 @@ class Engine:
         for tag, sources in (adapters or {}).items():
             engine.add_adapter(tag, sources, check_base_model)
         return engine
+
+    def beside(self, max_batch_size: int, adapter_slots: int, max_waiting: int = 256) -> Engine:
+        """Another engine of the same base model, in the same memory, with adapters, a line and batches of its own.
+
+        Both take turns at every step, as any two engines on one device do, and neither sees the other's adapters: so adapters can
+        be tried and measured beside those that are served. Close it when it is done.
+        """
+        other = copy.copy(self)
+        other.max_batch_size, other.max_batch_tokens = max_batch_size, max(self.max_batch_tokens, max_batch_size + 1)
+        bank = AdapterBank(self.bank.layers, self.bank.holder, self.device, self.dtype, adapter_slots)
+        other._serve(self, bank, max_waiting)
+        return other
 
     def _make_core(self, method: str, max_rows: int, max_batch_tokens: int) -> Core:
         padding = "rows and positions" if self.static_shapes else "positions" if self.capture_steps else "none"

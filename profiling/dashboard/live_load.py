@@ -36,6 +36,7 @@ from profiling.dashboard.status import STATUS_TEMPLATE, notice, plain_status
 from profiling.figures import METHOD_STYLES
 from profiling.load import Driver
 from profiling.load_runs import servable_by, sources_of
+from profiling.options import weight_words
 from profiling.traffic import POPULARITIES, EndlessTraffic, Lengths, Source, Traffic
 
 logger = logging.getLogger(__name__)
@@ -335,6 +336,8 @@ class LiveLoads:
         words += ["--goodput", f"ttft:{wish.ttft_limit_ms:g}", f"tpot:{wish.tpot_limit_ms:g}"]
         words += ["--max-batch-size", str(engine.max_batch_size), "--adapter-slots", str(engine.bank.slot_capacity)]
         words += ["--device", engine.device.type, "--dtype", str(engine.dtype).removeprefix("torch.")]
+        asked = [one.adapters[tag] for kind, one in engines.items() for tag in adapters[kind]]
+        words += weight_words(engine, any(info.any_base_model for info in asked))
         return shlex.join([*words, "--threads", str(torch.get_num_threads())])
 
 

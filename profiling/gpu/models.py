@@ -25,12 +25,13 @@ from profiling.gpu.int8_reference import bitsandbytes
 from profiling.gpu.session import Session, ratio_row
 from profiling.load_runs import LoadSettings, sources_of
 from profiling.sweep import PAPER_RATES, Sweep, SweepSettings
+from profiling.sweep_points import LATENCY, THROUGHPUT
 from profiling.timing import median, quantiles, timed
 from profiling.traffic import Clip, Clips, Lengths, PlannedRequest, Source, Traffic
 
 METHODS = ("base", "flora", "bmm-lora", "sgmv-lora")
 SWEPT = METHODS[1:]
-NOT_KEPT = ("hardware", "command", "seed", "models", "timeline", "adapters")
+NOT_KEPT = ("hardware", "command", "seed", "models", "timeline", "adapters", "setting")
 """Of a sweep's rows: what a session's rows say in their own way, and what has many values."""
 
 BATCH = 32
@@ -249,7 +250,7 @@ class _Measured:
             seed=self.session.seed,
         )
         load = LoadSettings(traffic, SWEPT, warmup_requests=size.warmup_requests)
-        settings = SweepSettings(load, (rank,), self.job.rates, size.batch)
+        settings = SweepSettings(load, (rank,), self.job.rates, size.batch, (THROUGHPUT, LATENCY))
         command = self.session.facts["command"]
         sweep = Sweep(engine, source, settings, command, lambda: self.budget.left_s <= 0, add_random_copies)
         num_kept = 0

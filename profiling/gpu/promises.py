@@ -10,7 +10,7 @@ from profiling.gpu.int8_reference import EIGHT_BIT
 from profiling.gpu.layers import PREFILL_TOKENS
 from profiling.gpu.models import BATCH
 from profiling.promise import Figure
-from profiling.sweep import crossing
+from profiling.sweep_points import crossing
 
 BASE_STEP, BANDWIDTH, BESIDE_BMM, PREFILL, INT8, TOKENS, CROSSOVER = 1.15, 0.7, 1.5, 1.25, 2.0, 0.9, 16
 FEW_COMPONENTS = 128  # batch · rank up to which a decode step reads the weight and does little else

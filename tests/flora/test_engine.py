@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -393,3 +394,21 @@ def test_what_the_engine_says_of_itself(tiny_engines):
         "bb": {"flora": 3, "lora": 1},
         "cc": {"flora": 8, "lora": 3},
     }
+
+
+def test_an_engine_beside_another_shares_its_weights_and_nothing_else(tiny_engines, requests_of):
+    engine = tiny_engines["code"]
+    other = engine.beside(max_batch_size=2, adapter_slots=1)
+    try:
+        assert other.adapters == {} and other.model is engine.model and other.max_batch_size == 2
+        before, (request,) = dict(engine.adapters), requests_of("code")[:1]
+        other.add_adapter("its own", engine.adapters[request.adapter].sources)
+        assert list(other.adapters) == ["its own"] and engine.adapters == before
+        expected = engine.generate([request])[0].token_ids
+        assert other.generate([replace(request, adapter="its own")])[0].token_ids == expected
+        with pytest.raises(UnknownAdapterError):
+            other.generate([request])
+        assert other.snapshot().num_finished == 1
+    finally:
+        other.close()
+    assert engine.generate([request])[0].token_ids == expected
