@@ -530,7 +530,7 @@ def test_the_page_reads_no_results_before_the_tab_is_opened(monkeypatch):
     monkeypatch.setattr(tab, "read_recorded", refuse)
     demo = page.build({}, "nowhere")
     labels = [block.label for block in demo.blocks.values() if type(block).__name__ == "Tab"]
-    assert labels == ["Compare", "Accuracy"]
+    assert labels == ["Compare", "Op lab", "Accuracy"]
     demo.close(verbose=False)
 
 
