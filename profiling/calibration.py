@@ -1,7 +1,8 @@
 """What the stages of `profiling.cost_model` take on this machine: every kind of stage over a few sizes, measured once and kept.
 
 Some ten seconds for a dtype. The widths are powers of two and none that a known model has, so that what is predicted for a model's
-layer was never measured itself. Products find their weight in memory, other stages what they work on in the cache, as in a step.
+layer was never measured itself. Products find their weight in memory, other stages what they work on in the cache; what it costs
+them that it is not, the first time after another layer, is one number.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch.nn.functional import linear
 from flora.layers import stored_by_input
 from flora.ops import merge_flora
 from profiling import peaks
-from profiling.cost_model import MachineCosts, Table
-from profiling.rounds import Rounds, alone_on, captured, stays_cached
+from profiling.cost_model import OF_WEIGHTS, MachineCosts, Table
+from profiling.rounds import Rounds, alone_on, cached_weight_bytes, captured
+from profiling.timing import median
 
 REPEATS = 9
 QUANTILE = 0.25  # of the repeats: what is kept for long should not remember a moment in which the machine did something else
@@ -34,11 +36,10 @@ THIN_TOKENS = (1, 4, 16, 64)
 THIN_RANKS = (1, 4, 16, 64)
 THIN_WIDTHS = (512, 2048, 8192)
 BATCHED_ROWS = 8
-OF_WEIGHTS = ("product", "modulation")  # stages that find what they read in memory, as `profiling.rounds` has it
 PASS_NUMBERS = (1 << 12, 1 << 15, 1 << 18, 1 << 21, 1 << 24)
 PASS_WIDTH = 4096
 PASS_RANK = 4
-VERSION = 1  # of what is measured: another one is another calibration
+VERSION = 2  # of what is measured: another one is another calibration
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def _measure(device: torch.device, dtype: torch.dtype, identity: dict) -> Genera
         copy_bytes_per_s=limits.copy_bytes_per_s,
         matrix_flops_per_s=limits.matrix_flops_per_s[identity["dtype"]],
         launch_s=limits.launch_s,
+        cold_s=alone_on(device, stages.cold_s),
+        cached_weight_bytes=cached_weight_bytes(device),
         tables=tables,
     )
     return Calibration(identity, costs, REPEATS)
@@ -125,8 +128,20 @@ class _Stages:
             less = (*sizes[:place], axis[index - 1], *sizes[place + 1 :])
             if index and smaller[less] > LONGEST_S:  # not measured: in proportion, as `Table` goes on
                 return smaller[less] * sizes[place] / less[place]
+        cold = name in OF_WEIGHTS and sizes[-1] * self.dtype.itemsize > cached_weight_bytes(self.device)
+        return self._measured(name, sizes, cold)
+
+    def cold_s(self) -> float:
+        """How much longer a small stage takes where neither its code nor its inputs are in the cache: the median over all kinds."""
+        longer = []
+        for name, axes in AXES.items():
+            if name not in OF_WEIGHTS:
+                sizes = tuple(axis[1] for axis in axes)
+                longer.append(self._measured(name, sizes, cold=True) - self._measured(name, sizes, cold=False))
+        return max(0.0, median(longer))
+
+    def _measured(self, name: str, sizes: tuple[float, ...], cold: bool) -> float:
         call, _ = captured(getattr(self, name.replace(" ", "_"))(*sizes), self.device)
-        cold = name in OF_WEIGHTS and not stays_cached(sizes[-1] * self.dtype.itemsize, self.device)
         taken = (self._cold if cold else self._warm).seconds({name: call}, REPEATS)[name]
         return float(np.quantile(taken, QUANTILE))
 

@@ -109,12 +109,18 @@ TABLES = {
 }
 """Kind of stage → the sizes that its time depends on."""
 
+OF_WEIGHTS = ("product", "modulation")
+"""Stages that read the weight, and are measured with it in memory."""
+
 
 @dataclass(frozen=True)
 class MachineCosts:
     """What the stages take on one machine in one dtype. Made by `profiling.calibration`.
 
-    copy_bytes_per_s, matrix_flops_per_s, launch_s: the machine's limits, as `profiling.peaks` measured them.
+    copy_bytes_per_s, matrix_flops_per_s, launch_s: the machine's limits, as `profiling.peaks` measured them. tables: of stages
+    whose inputs another stage has just written, the weight in memory. cold_s: how much longer a small stage takes where neither its
+    code nor its inputs are in the cache, since other layers' weights have passed through it. cached_weight_bytes: a weight of at
+    most so many bytes is of a model that stays in the cache, where nothing is cold.
     """
 
     device: str  # "cpu", "cuda", …
@@ -123,6 +129,8 @@ class MachineCosts:
     copy_bytes_per_s: float
     matrix_flops_per_s: float
     launch_s: float
+    cold_s: float
+    cached_weight_bytes: int
     tables: dict[str, Table]
 
     def __post_init__(self) -> None:
@@ -145,8 +153,10 @@ class Stage:
     operations: float
     times: int = 1
 
-    def seconds(self, costs: MachineCosts) -> float:
-        return self.times * costs.tables[self.kind].at(*self.sizes)
+    def seconds(self, costs: MachineCosts, cold: bool) -> float:
+        """cold: after another layer. Only the first time: then its code is in the cache."""
+        first_s = costs.cold_s if cold and self.kind not in OF_WEIGHTS else 0.0
+        return first_s + self.times * costs.tables[self.kind].at(*self.sizes)
 
     def bound(self, costs: MachineCosts) -> str:
         """What takes most of its time, as far as limits say: "bandwidth", "arithmetic" or "launches"."""
@@ -187,7 +197,8 @@ def predict(method: str, shape: LayerShape, costs: MachineCosts, form: str | Non
     if method not in METHODS:
         raise RequestError(f"there is no cost model of the method {method!r}: choose among {', '.join(METHODS)}")
     form = form or _form_of(method, shape, costs)
-    timed = tuple((stage, stage.seconds(costs)) for stage in _STAGES[form](shape, costs.element_size))
+    cold = shape.weight_numbers * costs.element_size > costs.cached_weight_bytes
+    timed = tuple((stage, stage.seconds(costs, cold)) for stage in _STAGES[form](shape, costs.element_size))
     longest, _ = max(timed, key=lambda one: one[1])
     return Prediction(method, form, timed, longest.bound(costs))
 
@@ -224,7 +235,7 @@ def coefficients(shape: LayerShape, costs: MachineCosts) -> tuple[float, float]:
     for rank in COEFFICIENT_RANKS:
         stages = [stage for stage in _bmm_lora(replace(shape, rank=rank), costs.element_size) if stage.kind.startswith("batched")]
         multiply_adds = rank * shape.tokens * (shape.d_in + shape.d_out)
-        logarithms.append(math.log(sum(stage.seconds(costs) for stage in stages) / multiply_adds))
+        logarithms.append(math.log(sum(stage.seconds(costs, False) for stage in stages) / multiply_adds))
     return math.exp(sum(logarithms) / len(logarithms)), product / (shape.tokens * shape.weight_numbers)
 
 

@@ -26,7 +26,7 @@ from flora.shapes import layer_widths
 from profiling import hardware
 from profiling.cost_model import METHODS, LayerShape, MachineCosts, Prediction, crossover, eq7, eq7_crossover_of, predict
 from profiling.problem import TOLERANCE, Problem
-from profiling.rounds import Rounds, alone_on, captured, stays_cached
+from profiling.rounds import Rounds, alone_on, captured
 from profiling.timing import Ratio, median, median_interval, paired_ratio, quantiles
 
 BUDGET_S = 1.2  # of the timed calls of a point
@@ -247,7 +247,8 @@ def measure(
     kept, left_out = _that_fit(methods, setting, device, costs, budget_s)
     taken: dict[str, list[float]] = {method: [] for method in kept}
     groups: list[int] = []  # of each round, its layout
-    rounds = Rounds(device, warmup=0, cold=not is_cached(setting.shape, costs, device))
+    cached = setting.shape.weight_numbers * costs.element_size <= costs.cached_weight_bytes
+    rounds = Rounds(device, warmup=0, cold=not cached)
     problem = alone_on(device, partial(_problem, setting, device))
     errors, checked_outputs = alone_on(device, partial(_errors, problem, kept))
     started = time.perf_counter()
@@ -270,13 +271,8 @@ def measure(
     }
     facts = hardware.environment() | {"device": device.type, "device_name": hardware.device_name(device)}
     facts["implementation"] = backend.implementation(device.type)
-    counts = (len(groups), LAYOUTS, checked_outputs, is_cached(setting.shape, costs, device))
+    counts = (len(groups), LAYOUTS, checked_outputs, cached)
     return OpLabResult(setting, first, points, left_out, *counts, costs, facts, command)
-
-
-def is_cached(shape: LayerShape, costs: MachineCosts, device: torch.device) -> bool:
-    """Whether the weight is so small that it is left in the cache."""
-    return stays_cached(shape.weight_numbers * costs.element_size, device)
 
 
 def checked_methods(methods: Sequence[str]) -> tuple[str, ...]:

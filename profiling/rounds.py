@@ -77,9 +77,9 @@ def alone_on(device: torch.device, function: Callable[[], Result]) -> Result:
         return compute_on(device)(work)
 
 
-def stays_cached(weight_bytes: int, device: torch.device) -> bool:
-    """Whether a weight is so small that it is in the cache when its turn comes, as in a small model: then nothing is flushed."""
-    return device.type == "cpu" and CACHED_LAYERS * weight_bytes <= peaks.last_cache_bytes()
+def cached_weight_bytes(device: torch.device) -> int:
+    """How large a weight may be to be in the cache when its turn comes, as in a small model: then nothing is flushed."""
+    return peaks.last_cache_bytes() // CACHED_LAYERS if device.type == "cpu" else 0
 
 
 def captured(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], str]:

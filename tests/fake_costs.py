@@ -35,4 +35,4 @@ def fake_costs(device: str = "cpu", dtype: str = "float32") -> MachineCosts:
     tables = {
         name: Table(axes, tuple(_seconds(name, sizes) for sizes in itertools.product(*axes))) for name, axes in AXES.items()
     }
-    return MachineCosts(device, dtype, SIZE, BANDWIDTH, RATE, LAUNCH_S, tables)
+    return MachineCosts(device, dtype, SIZE, BANDWIDTH, RATE, LAUNCH_S, 0.0, 1 << 10, tables)

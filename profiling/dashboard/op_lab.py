@@ -16,6 +16,7 @@ from profiling import op_lab
 from profiling.calibration import costs_in_steps
 from profiling.cost_model import LayerShape
 from profiling.dashboard import op_lab_views as views
+from profiling.dashboard.downloads import Downloads
 from profiling.dashboard.live_cells import LiveCells, cells_value
 from profiling.dashboard.live_plot import LivePlot
 from profiling.dashboard.measuring import Measurement, Measurements, Measuring
@@ -24,6 +25,8 @@ from profiling.dashboard.results import REPRODUCE_TEMPLATE
 from profiling.events import HowFar
 from profiling.op_lab import DTYPES, MOST, OpLabResult, Setting, command_line, model_layers
 from profiling.op_lab_recorded import read_recorded
+from profiling.op_lab_report import report_of
+from profiling.report import Report
 
 TAB = "oplab"
 FREE = "free widths"
@@ -68,6 +71,10 @@ class OpLabWork:
 
     def take(self, event: OpLabResult) -> None:
         self.result = event
+
+    def report(self) -> Report | None:
+        """What there is to download; None where nothing was measured."""
+        return None if self.result is None else report_of([self.result], self.command)
 
 
 def setting_of(model: Any, layer: Any, d_in: Any, d_out: Any, sizes: Sequence[Any], dtype: Any) -> Setting:
@@ -128,6 +135,7 @@ def build_op_lab_tab(tab: gr.Tab, measurements: Measurements, device: Callable[[
     with gr.Row(elem_classes="instrument footer-panel", equal_height=True):
         shown = command_line(setting_of(_FIRST_MODEL, first[0][1], None, None, (8, 1, 4, 8), DTYPES[0]), device())
         reproduce = LiveCells(REPRODUCE_TEMPLATE, cells_value({"command": html.escape(shown)}), elem_id="oplab-reproduce")
+        downloads = Downloads("oplab")
     with gr.Column(elem_classes="instrument"):
         recorded = LiveCells(views.RECORDED_TEMPLATE, elem_id="oplab-recorded")
 
@@ -156,6 +164,7 @@ def build_op_lab_tab(tab: gr.Tab, measurements: Measurements, device: Callable[[
 
     controls = [model, layer, d_in, d_out, rows, length, rank, adapters, dtype]
     measuring.connect(controls, begin, [verdict, found, table, reproduce, *charts], show)
+    measuring.at_the_end(downloads.buttons, lambda measurement: downloads.offer(measurement.work.report()))
     model.input(choose, [model], [layer, widths], **_QUIET)
     tab.select(lambda: views.recorded(read_recorded(results_folder)), None, [recorded], **_QUIET)
 

@@ -86,6 +86,15 @@ def test_a_bare_product_takes_what_the_limits_say():
         assert found.bound == bound and found.launches == 1
 
 
+def test_small_stages_are_cold_after_another_layer_and_not_in_a_model_that_stays_in_the_cache():
+    cold = replace(COSTS, cold_s=1.0)
+    assert predict("base", DECODE, cold) == predict("base", DECODE, COSTS), "the product is measured cold"
+    more = predict("loop-lora", DECODE, cold).seconds - predict("loop-lora", DECODE, COSTS).seconds
+    assert more == pytest.approx(3), "down, up and scatter, the first time of each"
+    small = LayerShape(16, 16, 8, 1, 4, 8)
+    assert predict("loop-lora", small, cold) == predict("loop-lora", small, COSTS)
+
+
 def test_flora_is_the_form_that_it_chooses_and_more_rank_costs_more():
     assert predict("flora", DECODE, COSTS).form == "flora-expand"
     assert predict("flora", PREFILL, COSTS).form == "flora-modulate"
