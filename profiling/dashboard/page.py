@@ -29,6 +29,7 @@ from profiling.dashboard.menus import Follower, Following
 from profiling.dashboard.models import ModelDesk
 from profiling.dashboard.models_tab import build_models_tab
 from profiling.dashboard.policy import Policy
+from profiling.dashboard.sweep import build_sweep_tab
 from profiling.dashboard.theme import CSS_FILE, theme
 from profiling.dashboard.upload_quota import UploadQuota
 from profiling.dashboard.uploads import MAX_UPLOAD_BYTES
@@ -62,13 +63,13 @@ def build(
 ) -> Page:
     """The page for these engines, kind ("code", "speech") -> engine; serve it with `demo.launch(**launch_options(demo))`.
 
-    results_folder: the recorded evaluations that the Accuracy tab shows; it may be empty, or not there. None: those that ship.
+    results_folder: what was recorded, for the tabs that show it; it may be empty, or not there. None: those that ship.
     policy: what visitors may change; None: as on a page that others can reach. options: of the command line that loaded the
     engines, by which others are loaded; None: none can be.
     """
     engines, policy = Engines(engines), policy or Policy()
     device, stops, loads, adapters = Device(), StopSignals(), LiveLoads(engines), AdapterDesk(engines)
-    measurements = Measurements(device)
+    measurements, results = Measurements(device), Path(results_folder or workload.ASSETS / "results")
     engines.when_replaced(loads.replaced)
     models = None if options is None else ModelDesk(engines, device, options)
 
@@ -91,12 +92,14 @@ def build(
                 if engines:
                     with gr.Tab("Live load", id="live-load") as load_tab:
                         followers += build_live_load_tab(loads, line)
+                    with gr.Tab("Sweep", id="sweep") as sweep_tab:
+                        build_sweep_tab(sweep_tab, engines, measurements, results, line)
                     with gr.Tab("Models", id="models") as models_tab:
                         follower, changes = build_models_tab(models_tab, demo.load, adapters, models, policy)
                     followers.append(follower)
                     selected.append(load_tab.select)
                 with gr.Tab("Accuracy", id="accuracy") as accuracy_tab:
-                    build_accuracy_tab(accuracy_tab, Path(results_folder or workload.ASSETS / "results"))
+                    build_accuracy_tab(accuracy_tab, results)
         followers.append(Follower([head], lambda values, opened: [_head(line())]))
         Following(engines, followers).connect(selected, changes, demo.load)
         add_endpoints(engines, device, adapters, policy)
