@@ -11,7 +11,7 @@ from profiling.sweep_points import Measure, SweepPoint, advantages, by_method, c
 
 LOSING = "rgba(168, 33, 28, 0.09)"  # the region where the first method is the slower one
 EVEN = "rgba(128, 128, 128, 0.9)"  # the line on which it is neither
-FAINT = 0.4  # opacity of what was measured before
+FAINT, ALONE = 0.4, 0.85  # opacity of what was measured before, beside a sweep at hand and without one
 TOP, BOTTOM = 4.0, 0.25  # the crossover chart shows at least from half as good to twice, and no more than this
 
 
@@ -33,7 +33,7 @@ def crossing_chart(
     label = METHOD_STYLES[first].label
     what = {True: "as many tokens/s", False: "the seconds"}[measure.higher_is_better]
     traces, found, highest, lowest = [], [], 1.5, 1 / 1.5
-    drawn_ranks = set(ranks)
+    drawn_ranks, faint = set(ranks), FAINT if points else ALONE
     for source in (*beside, Beside("", points)):
         own = by_method(source.points, measure)
         for method in own:
@@ -51,7 +51,7 @@ def crossing_chart(
                 "y": [float(f"{one.times:.4g}") for one in all_advantages],
                 "line": {"color": style.colour, "dash": style.dash, "width": 1.2 if source.label else 2.2},
                 "marker": {"color": style.colour, "symbol": style.symbol, "size": 6 if source.label else 9},
-                "opacity": FAINT if source.label else 1,
+                "opacity": faint if source.label else 1,
                 "hovertemplate": f"rank %{{x}}: %{{y:.2f}} times<extra>{_plain(name)}</extra>",
             }
             if all_advantages and not source.label and all(one.low is not None for one in all_advantages):
@@ -98,11 +98,12 @@ def by_rank(points: Sequence[SweepPoint], measure: Measure, ranks: Sequence[int]
     title, unit = f"{measure} by rank", measure.unit
     direction = "higher is better" if measure.higher_is_better else "lower is better"
     traces, found, values, drawn_ranks = [], [], [], set(ranks)
+    faint = FAINT if points else ALONE
     for source in (*beside, Beside("", points)):
         for method, own in by_method(source.points, measure).items():
             style, measured = METHOD_STYLES[method], [point for point in own if point.value]
             name = f"{style.label} · {source.label}" if source.label else style.label
-            traces.append(_line(_plain(name), method, measured, unit, faint=bool(source.label)))
+            traces.append(_line(_plain(name), method, measured, unit, faint if source.label else None))
             drawn_ranks |= {point.rank for point in measured}
             values += [max(point.range or (point.value,)) for point in measured]
             if measured and not source.label:
@@ -118,7 +119,8 @@ def by_rank(points: Sequence[SweepPoint], measure: Measure, ranks: Sequence[int]
     return Chart({"data": traces, "layout": layout}, f"{title}, in {unit}: {'; '.join(found)}; {direction}{hollow}.")
 
 
-def _line(name: str, method: str, measured: Sequence[SweepPoint], unit: str, faint: bool) -> dict:
+def _line(name: str, method: str, measured: Sequence[SweepPoint], unit: str, faint: float | None) -> dict:
+    """faint: the opacity of what was measured before."""
     style = METHOD_STYLES[method]
     trace = {
         "type": "scatter",
@@ -135,7 +137,7 @@ def _line(name: str, method: str, measured: Sequence[SweepPoint], unit: str, fai
         },
         "text": [" (over-saturated)" if point.saturation else "" for point in measured],
         "hovertemplate": f"rank %{{x}}: %{{y:.4g}} {unit}%{{text}}<extra>{name}</extra>",
-        "opacity": FAINT if faint else 1,
+        "opacity": faint or 1,
     }
     if not faint and any(point.range for point in measured):
         ranges = [point.range or (point.value, point.value) for point in measured]

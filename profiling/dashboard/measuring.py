@@ -57,7 +57,8 @@ class Work(Protocol):
 class Measurement:
     """One visitor's measurement, from Start to its end. number: of all in this process. how_far: None before the first word."""
 
-    def __init__(self, device: Device, work: Work) -> None:
+    def __init__(self, device: Device, work: Work, session: str = "") -> None:
+        self.session = session  # whose it is
         self.number = next(_numbers)
         self.work = work
         self.how_far: HowFar | None = None
@@ -157,7 +158,7 @@ class Measurements:
             before = self._now.get((session, tab))
             if before is not None and not before.ended:
                 return before
-            self._now[session, tab] = measurement = Measurement(self._device, work)
+            self._now[session, tab] = measurement = Measurement(self._device, work, session)
             if before is not None:
                 self._earlier.setdefault((session, tab), deque(maxlen=EARLIER)).append(before)
             return measurement
@@ -211,12 +212,14 @@ class Measuring:
         inputs: Sequence[gr.components.Component],
         begin: Callable[..., Work],
         outputs: Sequence[gr.components.Component],
-        show: Callable[[Measurement], list[Any]],
+        show: Callable[..., list[Any]],
+        looks: Sequence[gr.components.Component] = (),
     ) -> None:
         """Wire it.
 
         begin: (session, *values of inputs) → what is to be measured; raises a FloraError for what makes no sense, before anything
-        stands in line. show: the measurement as it stands → values of outputs, a few times a second and once at its end.
+        stands in line. show: (the measurement as it stands, *values of looks) → values of outputs, a few times a second and once at
+        its end. looks: what the visitor may choose while it runs, of how it is shown.
         """
         running = [gr.Button(interactive=False), gr.Button(interactive=True)]
         resting = [gr.Button(interactive=True), gr.Button(interactive=False)]
@@ -239,7 +242,7 @@ class Measuring:
             """Gradio itself refused: what the browser sent makes no sense; a notice says which."""
             return [plain_status("failed", "It could not begin: check the numbers, or reload the page."), gr.skip(), *resting]
 
-        def tick(request: gr.Request) -> list[Any]:
+        def tick(request: gr.Request, *chosen: Any) -> list[Any]:
             measurement = self._measurements.of(request.session_hash, self.tab)
             if measurement is None:  # nothing of this page's is known here: the server was started anew
                 gone = plain_status("failed", "The server no longer knows this measurement: start it again.")
@@ -247,7 +250,7 @@ class Measuring:
             try:
                 measurement.update()
                 ended = measurement.ended
-                values = show(measurement)
+                values = show(measurement, *chosen)
             except Exception:  # as above, and nothing more of it is shown
                 logger.exception("a measurement of the %s tab could not be shown", self.tab)
                 measurement.abandon()
@@ -267,7 +270,7 @@ class Measuring:
         begun = self.start.click(arm, None, [self.line, self.start], **_QUIET)
         begun.then(start, list(inputs), frame, **_QUIET).failure(could_not_begin, None, frame, **_QUIET)
         self.stop.click(end, None, [self.stop], **_QUIET)
-        self._timer.tick(tick, None, [*frame, self._end, *outputs], **_QUIET)
+        self._timer.tick(tick, list(looks), [*frame, self._end, *outputs], **_QUIET)
 
     def at_the_end(
         self, outputs: Sequence[gr.components.Component], finish: Callable[[Measurement], AbstractContextManager[list[Any]]]

@@ -29,6 +29,18 @@ class Menu(gr.Dropdown):
         return payload if isinstance(payload, str) else None
 
 
+class MultiMenu(gr.Dropdown):
+    """As `Menu`, of which several entries may be chosen."""
+
+    is_template = True
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(multiselect=True, **keywords)
+
+    def preprocess(self, payload: Any) -> list[str]:
+        return [entry for entry in payload if isinstance(entry, str)] if isinstance(payload, list) else []
+
+
 def adapter_choices(kind: str, engines: Mapping[str, Engine], chosen: str | None = None) -> list[tuple[str, str]]:
     """What an adapter menu offers: each tag and, where known, its language's name; last the bare base model.
 

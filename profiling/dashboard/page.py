@@ -30,6 +30,7 @@ from profiling.dashboard.models import ModelDesk
 from profiling.dashboard.models_tab import build_models_tab
 from profiling.dashboard.op_lab import build_op_lab_tab
 from profiling.dashboard.policy import Policy
+from profiling.dashboard.sweep import build_sweep_tab
 from profiling.dashboard.theme import CSS_FILE, theme
 from profiling.dashboard.upload_quota import UploadQuota
 from profiling.dashboard.uploads import MAX_UPLOAD_BYTES
@@ -63,16 +64,15 @@ def build(
 ) -> Page:
     """The page for these engines, kind ("code", "speech") -> engine; serve it with `demo.launch(**launch_options(demo))`.
 
-    results_folder: the recorded results that the tabs show; it may be empty, or not there. None: those that ship.
+    results_folder: what was recorded, for the tabs that show it; it may be empty, or not there. None: those that ship.
     policy: what visitors may change; None: as on a page that others can reach. options: of the command line that loaded the
     engines, by which others are loaded; None: none can be.
     """
     engines, policy = Engines(engines), policy or Policy()
     device, stops, loads, adapters = Device(), StopSignals(), LiveLoads(engines), AdapterDesk(engines)
-    measurements = Measurements(device)
+    measurements, results = Measurements(device), Path(results_folder or workload.ASSETS / "results")
     engines.when_replaced(loads.replaced)
     models = None if options is None else ModelDesk(engines, device, options)
-    recorded_folder = Path(results_folder or workload.ASSETS / "results")
 
     @lru_cache(maxsize=1)
     def device_line_at(number: int) -> str:
@@ -96,14 +96,16 @@ def build(
                 if engines:
                     with gr.Tab("Live load", id="live-load") as load_tab:
                         followers += build_live_load_tab(loads, line)
+                    with gr.Tab("Sweep", id="sweep") as sweep_tab:
+                        build_sweep_tab(sweep_tab, engines, measurements, results, line)
                     with gr.Tab("Models", id="models") as models_tab:
                         follower, changes = build_models_tab(models_tab, demo.load, adapters, models, policy)
                     followers.append(follower)
                     selected.append(load_tab.select)
                 with gr.Tab("Op lab", id="op-lab") as op_lab_tab:
-                    build_op_lab_tab(op_lab_tab, measurements, computing, recorded_folder)
+                    build_op_lab_tab(op_lab_tab, measurements, computing, results)
                 with gr.Tab("Accuracy", id="accuracy") as accuracy_tab:
-                    build_accuracy_tab(accuracy_tab, recorded_folder)
+                    build_accuracy_tab(accuracy_tab, results)
         followers.append(Follower([head], lambda values, opened: [_head(line())]))
         Following(engines, followers).connect(selected, changes, demo.load)
         add_endpoints(engines, device, adapters, policy)
