@@ -160,16 +160,31 @@ def _group_from_dict(group: Mapping[str, Any]) -> StepGroup:
     )
 
 
-def read_profile(document: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> TraceProfile:
-    """Work through a trace, as `trace_file.read_trace` returns it. facts: those that go with it; None: those in it.
-
-    Raises TraceError for a trace without a single operator or kernel.
-    """
+def read_profile(document: Mapping[str, Any]) -> TraceProfile:
+    """Work through a trace, as `trace_file.read_trace` returns it. Raises TraceError where it holds no operator and no kernel."""
     events = read_events(document)
     groups = (_group(method, phase, steps, events) for (method, phase), steps in events.steps.items())
-    if facts is None:
-        facts = document.get("floraLive") if isinstance(document.get("floraLive"), dict) else {}
-    return TraceProfile("gpu" if events.on_gpu else "cpu", tuple(groups), len(document["traceEvents"]), dict(facts))
+    return TraceProfile("gpu" if events.on_gpu else "cpu", tuple(groups), len(document["traceEvents"]), _facts_of(document))
+
+
+_FACTS = {"kind": str, "batch": int, "adapters": int, "popularity": str, "prefills": int, "steps": int, "warmup": int}
+_FACTS |= {"implementation": str, "cuda_graphs": bool, "methods": list, "ranks": dict, "plain_ms": dict, "hardware": dict}
+_HARDWARE = {"device": str, "device_name": str, "threads": int, "torch": str, "models": dict}
+
+
+def _facts_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What `profiling.profile_run` wrote beside the events; empty where that is missing, or somebody changed it into nonsense."""
+    facts = document.get("floraLive")
+    if not _has(facts, _FACTS) or not _has(facts["hardware"], _HARDWARE) or not isinstance(facts.get("command", ""), str):
+        return {}
+    ranks, plain, models = facts["ranks"], facts["plain_ms"], facts["hardware"]["models"]
+    sound = all(isinstance(own, list) and all(isinstance(rank, int) for rank in own) for own in ranks.values())
+    sound = sound and all(isinstance(ms, int | float) and math.isfinite(ms) for ms in plain.values())
+    return dict(facts) if sound and all(_has(model, {"name": str, "dtype": str}) for model in models.values()) else {}
+
+
+def _has(value: Any, types: Mapping[str, type]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in types.items())
 
 
 # ------------------------------------------------------------------------------------------------------------- figures

@@ -129,7 +129,7 @@ def test_the_command_records_prints_and_says_how_to_do_it_again(tmp_path, capsys
     counts = ["--rows", "2", "--prefills", "1", "--steps", "1", "--warmup", "1", "--threads", "1"]
     assert main(["kernels", *counts, "--trace", str(tmp_path / "t.json.gz"), "--tensorboard", str(tmp_path / "logs")]) == 0
     said = capsys.readouterr().out
-    command = "python -m profiling kernels --methods flora bmm-lora --kind code --rows 2 --prefills 1 --steps 1 --warmup 1 --threads 1"
+    command = "python -m profiling kernels --methods flora bmm-lora --kind code " + " ".join(counts)
     assert command in said and "batch of 2" in said and "make tensorboard LOGDIR=" in said
     assert read_trace(tmp_path / "t.json.gz")["floraLive"]["command"] == command
     assert len(list(tmp_path.glob("logs/*/flora-live.*.pt.trace.json"))) == 1
