@@ -267,6 +267,11 @@ def _add_kernels(commands: argparse._SubParsersAction) -> None:
     asked.add_argument("--prefills", type=int, default=4, metavar="N", help="of each method; default: 4")
     asked.add_argument("--steps", type=int, default=8, metavar="N", help="decode steps of each method; default: 8")
     asked.add_argument("--warmup", type=int, default=3, metavar="STEPS", help="decode steps before, not measured; default: 3")
+    asked.add_argument(
+        "--captured",
+        action="store_true",
+        help="profile decode steps as they are served: captured, and without what tells of each layer; default: through each layer",
+    )
     _add_machine(kernels)
     kernels.add_argument("--open", metavar="TRACE", help="a Chrome trace, .json or .json.gz, to be read instead of recording one")
     output = kernels.add_argument_group("output")

@@ -146,7 +146,7 @@ def short_name(name: str) -> str:
 
 def timeline(groups: Sequence[StepGroup]) -> Chart:
     """One step of each method on a common time axis, its lanes under each other; the step in the middle of those measured."""
-    rows = [(f"{_label(group)} · {lane.name}", lane) for group in groups for lane in group.lanes]
+    rows = [(f"{_label(group)} {lane.name}", lane) for group in groups for lane in group.lanes]
     by_category: dict[str, list[tuple[str, float, float, str]]] = {}
     for row, lane in rows:
         for start, duration, category, name in lane.segments:

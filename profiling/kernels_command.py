@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -17,19 +16,22 @@ from profiling.load_command import model_words
 from profiling.loading import load_engine, set_threads
 from profiling.options import weight_words
 from profiling.profile_run import MAX_ROWS, batch_of, record
-from profiling.trace import TraceProfile, read_profile
+from profiling.trace import read_profile
 from profiling.trace_file import SUFFIXES, TraceError, read_trace, write_tensorboard_run, write_trace
 
 
 def run(options: argparse.Namespace) -> int:
     """Profile, or open a trace; print and write. 0 for done, 130 when interrupted. Raises a FloraError for bad input."""
     _check(options)
-    said = sys.stderr if options.json == "-" else sys.stdout  # rows on stdout stay alone there
     try:
-        document = read_trace(options.open) if options.open else _recorded(options, said)
-        profile = read_profile(document)
-        print(kernels_report.text(profile), file=said)
-        _write(options, document, profile, said)
+        document = read_trace(options.open) if options.open else _recorded(options)
+        report.deliver(kernels_report.report_of(read_profile(document)), options)
+        if options.trace:
+            write_trace(options.trace, document)
+        if options.tensorboard:
+            folder = write_tensorboard_run(options.tensorboard, document).parent.name
+            logs = shlex.quote(str(options.tensorboard))
+            print(f"\nTensorBoard shows {folder} with: make tensorboard LOGDIR={logs}", file=report.said(options))
     except TraceError as error:
         raise RequestError(str(error)) from error
     except KeyboardInterrupt:
@@ -47,20 +49,18 @@ def _check(options: argparse.Namespace) -> None:
             raise RequestError(f"--rows must be from 1 to {MAX_ROWS}")
         if options.rank is not None and not 1 <= options.rank <= 128:
             raise RequestError("--rank must be from 1 to 128")
-    if options.report and Path(options.report).suffix.lower() not in kernels_report.FORMATS:
-        known = ", ".join(kernels_report.FORMATS)
-        raise RequestError(f"--report takes a file that ends in {known}, not {Path(options.report).name!r}")
+    report.check(options)
     if options.trace and not options.trace.endswith(SUFFIXES):
         raise RequestError(f"--trace takes a file that ends in {' or '.join(SUFFIXES)}, not {Path(options.trace).name!r}")
     if options.tensorboard and Path(options.tensorboard).is_file():
         raise RequestError(f"--tensorboard takes a folder, and {Path(options.tensorboard).name!r} is a file")
 
 
-def _recorded(options: argparse.Namespace, said) -> dict:
+def _recorded(options: argparse.Namespace) -> dict:
     set_threads(options.threads)
-    engine = load_engine(options.kind, options, max_batch_size=options.rows, adapter_slots=max(64, options.rows))
+    engine = load_engine(options.kind, options, max_batch_size=options.rows, capture_steps=None if options.captured else False)
     try:
-        print(hardware.summary(hardware.environment({options.kind: engine})), end="\n\n", file=said)
+        print(hardware.summary(hardware.environment({options.kind: engine})), end="\n\n", file=report.said(options))
         requests = batch_of(engine, options.methods, options.rows, options.rank)
         with tqdm(leave=False, disable=None, unit="step") as bar:
 
@@ -85,21 +85,7 @@ def command_line(options: argparse.Namespace) -> str:
     words += ["--rows", str(options.rows)]
     words += ["--rank", str(options.rank)] if options.rank is not None else []
     words += ["--prefills", str(options.prefills), "--steps", str(options.steps), "--warmup", str(options.warmup)]
+    words += ["--captured"] if options.captured else []
     words += ["--device", options.device] if options.device != "auto" else []
     words += ["--dtype", options.dtype] if options.dtype != "auto" else []
     return shlex.join([*words, *weight_words(options), "--threads", str(torch.get_num_threads())])
-
-
-def _write(options: argparse.Namespace, document: dict, profile: TraceProfile, said) -> None:
-    if options.json == "-":
-        sys.stdout.write(kernels_report.jsonl(profile))
-    elif options.json:
-        report.write_text(options.json, kernels_report.jsonl(profile))
-    if options.report:
-        report.write_text(options.report, kernels_report.render(profile, options.report))
-    if options.trace:
-        write_trace(options.trace, document)
-    if options.tensorboard:
-        path = write_tensorboard_run(options.tensorboard, document)
-        print(f"TensorBoard: make tensorboard LOGDIR={shlex.quote(str(options.tensorboard))} shows {path.parent.name}", file=said)
-

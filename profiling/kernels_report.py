@@ -1,22 +1,20 @@
-"""A profile on paper: plain text, JSONL, CSV, Markdown, and one HTML page that needs nothing from anywhere else."""
+"""A profile on paper: where steps went, which kernels ran, what wins why."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from profiling import kernel_figures as figures
 from profiling.categories import CATEGORIES
-from profiling.document import HtmlDocument, text_table
 from profiling.figures import METHOD_STYLES
+from profiling.report import Note, Report, Table, TitledChart
 from profiling.trace import StepGroup, TraceProfile
 from profiling.trace_diff import diff, sentence
 
-FORMATS = (".html", ".md", ".csv")
-_LINES = 25  # kernels of a group on paper; the CSV has them all
+_LINES = 25  # kernels of a group on a page; the rows have them all
+OPEN_COMMAND = "python -m profiling kernels --open TRACE.json.gz"
+"""What reads a trace again that does not say how it was recorded."""
 
 
 def label(method: str | None) -> str:
@@ -47,7 +45,7 @@ def conditions(profile: TraceProfile) -> list[str]:
     threads = f", {hardware['threads']} thread{'s' if hardware['threads'] != 1 else ''}" if hardware["device"] == "cpu" else ""
     ranks = ", ".join(f"{label(method)} {' + '.join(map(str, own))}" for method, own in facts["ranks"].items() if own)
     parts = [f"{hardware['device_name']}{threads}", f"{dtype}, {facts['implementation']}"]
-    parts += ["CUDA graphs"] if facts["cuda_graphs"] else []
+    parts += ["decode steps captured, as they are served" if facts["captured"] else "decode steps not captured, through each layer"]
     parts += [f"{facts['kind']} model {' + '.join(model['name'] for model in hardware['models'].values())}"]
     parts += [f"batch of {facts['batch']} ({facts['popularity']} adapters{f', rank: {ranks}' if ranks else ''})"]
     parts += [f"{facts['prefills']} prefills and {facts['steps']} decode steps of each method, in turn"]
@@ -102,21 +100,41 @@ def findings(profile: TraceProfile) -> list[str]:
     return found
 
 
-def text(profile: TraceProfile) -> str:
-    """For a terminal: a line per phase and method, and what wins why."""
-    parts = [text_table(*summary_table(profile)), ""]
-    for finding in findings(profile):
-        parts += [finding, ""]
-    parts += [" · ".join(conditions(profile)), note(profile)]
-    return "\n".join(parts + (["", "Reproduce:", profile.facts["command"]] if "command" in profile.facts else []))
+def report_of(profile: TraceProfile) -> Report:
+    """All that is said and drawn of a profile."""
+    return Report(
+        title="kernels, step by step",
+        sentences=findings(profile),
+        conditions=" · ".join(conditions(profile)),
+        parts=list(_parts(profile)),
+        environment=profile.facts.get("hardware", {"models": {}}),
+        command=profile.facts.get("command", OPEN_COMMAND),
+        rows=rows_of(profile),
+        left_to_json=frozenset(("kernels", "hardware")),
+    )
 
 
-def jsonl(profile: TraceProfile) -> str:
-    """A JSON document per phase and method, with its kernels and all that it was measured on."""
-    rows = []
-    for group in profile.groups:
-        facts = {key: value for key, value in profile.facts.items() if key not in ("plain_ms", "methods")}
-        row = {
+def _parts(profile: TraceProfile) -> Iterator[Table | TitledChart | Note]:
+    yield Table(*summary_table(profile))
+    yield Note(note(profile))
+    for phase in profile.phases:
+        groups = profile.of(phase)
+        yield TitledChart(f"Where a {phase} step's time goes", figures.breakdown(groups))
+        for other in groups[1:]:
+            first, second = label(groups[0].method), label(other.method)
+            chart = figures.gains(diff(groups[0], other), first, second)
+            yield TitledChart(f"Won and lost, {phase}: {first} beside {second}", chart)
+        yield TitledChart(f"One {phase} step on its time axis", figures.timeline(groups))
+        for group in groups:
+            yield TitledChart(f"What calls what: {label(group.method)}, {phase}", figures.icicle(group))
+            yield Table(*kernel_table(group, _LINES), title=f"Kernels: {label(group.method)}, {phase}", detail=True)
+
+
+def rows_of(profile: TraceProfile) -> list[dict[str, Any]]:
+    """A flat record per phase and method, with its kernels and all that it was measured on."""
+    shared = {key: value for key, value in profile.facts.items() if key not in ("plain_ms", "methods")}
+    return [
+        {
             "method": group.method,
             "phase": group.phase,
             "step_ms": group.mean_ms,
@@ -134,69 +152,6 @@ def jsonl(profile: TraceProfile) -> str:
                 for k in group.kernels
             ],
         }
-        rows.append(json.dumps(row | facts, ensure_ascii=False))
-    return "\n".join(rows) + "\n"
-
-
-def csv(profile: TraceProfile) -> str:
-    """Every kernel of every phase and method, a line each."""
-    import pandas
-
-    from profiling.report import frame_csv
-
-    lines = [
-        {"phase": group.phase, "method": group.method, **dict(zip(heads, line, strict=True))}
+        | shared
         for group in profile.groups
-        for heads, table in [kernel_table(group)]
-        for line in table
     ]
-    return frame_csv(pandas.DataFrame(lines))
-
-
-def markdown(profile: TraceProfile) -> str:
-    """For a notebook or a bug report."""
-    from profiling.report import markdown_table
-
-    parts = ["# Kernels", "", *(line for finding in findings(profile) for line in (finding, ""))]
-    parts += [*markdown_table(*summary_table(profile)), "", " · ".join(conditions(profile)) + ".", "", note(profile), ""]
-    for group in profile.groups:
-        parts += [f"## {label(group.method)}, {group.phase}", "", *markdown_table(*kernel_table(group, _LINES)), ""]
-    if "command" in profile.facts:
-        parts += ["## Reproduce", "", f"    {profile.facts['command']}", ""]
-    return "\n".join(parts)
-
-
-def html_page(profile: TraceProfile) -> str:
-    """Tables and charts in one file; all text is escaped."""
-    page = HtmlDocument("fLoRA Live: kernels", "Kernels, step by step, recorded")
-    for finding in findings(profile):
-        page.paragraph(finding)
-    page.paragraph(" · ".join(conditions(profile)) + ".", soft=True)
-    page.table(*summary_table(profile))
-    page.paragraph(note(profile), soft=True)
-    for phase in profile.phases:
-        groups = profile.of(phase)
-        page.chart(f"Where a {phase} step's time goes", figures.breakdown(groups))
-        for first, other in pairwise(groups[:2]):
-            page.chart(f"Won and lost, {phase}", figures.gains(diff(first, other), label(first.method), label(other.method)))
-        page.chart(f"One {phase} step on its time axis", figures.timeline(groups))
-        for group in groups:
-            page.chart(f"What calls what: {label(group.method)}, {phase}", figures.icicle(group))
-            page.heading(f"Kernels: {label(group.method)}, {phase}")
-            page.table(*kernel_table(group, _LINES))
-    if profile.facts:
-        from profiling.report import environment_lines
-
-        page.heading("Measured on")
-        page.table(["fact", "value"], environment_lines(profile.facts["hardware"]))
-    if "command" in profile.facts:
-        page.heading("Reproduce")
-        page.code(profile.facts["command"])
-    return page.render()
-
-
-def render(profile: TraceProfile, path: str | Path) -> str:
-    """The report in the format that the suffix of `path` asks for."""
-    return {".html": html_page, ".md": markdown, ".csv": csv}[Path(path).suffix.lower()](profile)
-
-

@@ -54,6 +54,7 @@ class RecordJob:
     weights: str
     quantize: str | None
     llm_int8_threshold: float | None
+    captured: bool
     threads: int
     command: str
 
@@ -211,13 +212,13 @@ def _record(job: dict[str, Any], tell: Callable[..., None]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     loading = {name: job[name] for name in ("device", "dtype", "weights", "quantize", "llm_int8_threshold")}
     try:
-        slots = max(8, job["rows"])
         engine = Engine.from_pretrained(
             job["model"],
             {} if job["rank"] is not None else job["adapters"],
             max_batch_size=job["rows"],
-            adapter_slots=slots,
+            adapter_slots=max(8, job["rows"]),
             check_base_model=False,
+            capture_steps=None if job["captured"] else False,
             **loading,
         )
         requests = batch_of(engine, job["methods"], job["rows"], job["rank"])
@@ -234,7 +235,7 @@ def _record(job: dict[str, Any], tell: Callable[..., None]) -> dict[str, Any]:
         raise JobFailed(" ".join(str(error).split())) from error
     except torch.OutOfMemoryError as error:
         raise JobFailed(
-            "the device has no room for a second copy of the model, which a profile in a process of its own needs: load a smaller "
+            "the device has no room for a second copy of the model, which profiles in a process of its own need: load a smaller "
             "one, or quantised"
         ) from error
     document["floraLive"]["command"] = job["command"]

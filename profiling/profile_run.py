@@ -32,6 +32,7 @@ from profiling.loading import add_random_adapters
 from profiling.timing import median, synchronise, timed
 
 MAX_ROWS, MAX_STEPS = 64, 64
+CAPTURING = 6  # decode steps after which one is captured and proven
 Progress = Callable[[str, int, int], None]
 """Told what goes on, how many turns are done, and of how many."""
 
@@ -71,14 +72,16 @@ def record(
     """A Chrome trace of `prefills` prefills and `steps` decode steps of each method, in turn; what was measured beside it is in its
     "floraLive".
 
-    warmup: decode steps of each method before anything is timed, and as many again under the profiler before it records. Raises a
-    FloraError where a method cannot serve the batch, or its answers are too short for so many steps, and where the trace of a GPU
-    is without kernels.
+    warmup: decode steps of each method before anything is timed, and as many again under the profiler before it records; of an
+    engine that captures its steps at least as many as that takes. Such steps run without the model's Python, so only their phase
+    is told, not their layers. Raises a FloraError where a method cannot serve the batch, or its answers are too short for so many
+    steps, and where the trace of a GPU is without kernels.
     """
     if not (1 <= prefills <= MAX_STEPS and 1 <= steps <= MAX_STEPS and 1 <= warmup <= MAX_STEPS):
         raise RequestError(f"prefills, steps and warm-up steps must be from 1 to {MAX_STEPS} each")
     if engine.device.type not in ("cpu", "cuda"):
         raise ModelError(f"torch.profiler sees no kernels of the device {engine.device.type!r}: profile on a CPU or an NVIDIA GPU")
+    warmup = max(warmup, CAPTURING) if engine.capture_steps else warmup
     num_tokens = 1 + 2 * warmup + 2 * steps
     requests = [replace(request, max_new_tokens=num_tokens, temperature=0.0, ignore_eos=True) for request in requests]
     run = _Run(engine, requests, methods, prefills, steps, warmup, on_progress)
@@ -207,7 +210,7 @@ class _Run:
             "warmup": self.warmup,
             "plain_ms": {name: 1000.0 * median(seconds) for name, seconds in self.plain_s.items()},
             "implementation": engine.implementation,
-            "cuda_graphs": engine.cuda_graphs,
+            "captured": engine.capture_steps,
             "hardware": hardware.environment({engine.kind: engine}),
         }
 

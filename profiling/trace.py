@@ -168,7 +168,7 @@ def read_profile(document: Mapping[str, Any]) -> TraceProfile:
 
 
 _FACTS = {"kind": str, "batch": int, "adapters": int, "popularity": str, "prefills": int, "steps": int, "warmup": int}
-_FACTS |= {"implementation": str, "cuda_graphs": bool, "methods": list, "ranks": dict, "plain_ms": dict, "hardware": dict}
+_FACTS |= {"implementation": str, "captured": bool, "methods": list, "ranks": dict, "plain_ms": dict, "hardware": dict}
 _HARDWARE = {"device": str, "device_name": str, "threads": int, "torch": str, "models": dict}
 
 
@@ -420,7 +420,7 @@ def _lanes(step: Step, gpu: bool) -> Iterator[Lane]:
             whole_ops.append((begin, duration, node.category, node.name))
     if not gpu:
         leaves = list(_own_time(step))
-    for name, segments in (("layers", outer), ("in layers", inner), ("operators", whole_ops), ("innermost operators", leaves)):
+    for name, segments in (("layers", outer), ("in layers", inner), ("operators", whole_ops), ("innermost", leaves)):
         if segments:
             yield Lane(name, tuple(_thinned(segments, span)))
     streams: dict[str, list[Segment]] = defaultdict(list)

@@ -85,7 +85,7 @@ def write_trace(path: str | os.PathLike, document: Mapping[str, Any]) -> None:
 def write_tensorboard_run(folder: str | os.PathLike, document: Mapping[str, Any], worker: str = "flora-live") -> Path:
     """Write a trace as a run that TensorBoard's profiler plugin finds in `folder`; the file's path.
 
-    The plugin takes a folder below its log directory for a run, and <worker>.<milliseconds>.pt.trace.json in it for a span.
+    The plugin takes a folder below its log directory for a run, and <worker>.<milliseconds>.pt.trace.json.gz in it for a span.
     """
     moment = time.time_ns() // 1_000_000
     run = Path(folder) / time.strftime("kernels_%Y-%m-%d_%H-%M-%S", time.localtime(moment / 1000))
@@ -93,6 +93,6 @@ def write_tensorboard_run(folder: str | os.PathLike, document: Mapping[str, Any]
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TraceError(f"cannot write into the folder {Path(folder).name!r}: {error.strerror}") from error
-    path = run / f"{worker}.{moment}.pt.trace.json"
+    path = run / f"{worker}.{moment}.pt.trace.json.gz"
     write_trace(path, document)
     return path

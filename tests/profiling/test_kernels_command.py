@@ -26,7 +26,7 @@ MODEL_OPTIONS = dict.fromkeys(("code_model", "code_adapters", "speech_model", "s
 
 def embedded(kind: str):
     options = argparse.Namespace(**MODEL_OPTIONS, device="cpu", dtype="auto", weights="pretrained", any_base_model=False)
-    return load_engine(kind, options)
+    return load_engine(kind, options, capture_steps=False)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_self_times_add_up_to_the_step_and_categories_cover_it(document):
         assert group.categories[OTHER] <= 0.05 * group.mean_ms
         assert group.categories[GEMM] > 0 and group.launches > 50
         assert group.memory.peak_bytes > 1000 and group.memory.by_op
-        assert {"layers", "in layers", "operators", "innermost operators"} == {lane.name for lane in group.lanes}
+        assert {"layers", "in layers", "operators", "innermost"} == {lane.name for lane in group.lanes}
 
 
 def test_a_decode_step_has_the_products_that_the_methods_are_made_of(document):
@@ -132,7 +132,7 @@ def test_the_command_records_prints_and_says_how_to_do_it_again(tmp_path, capsys
     command = "python -m profiling kernels --methods flora bmm-lora --kind code " + " ".join(counts)
     assert command in said and "batch of 2" in said and "make tensorboard LOGDIR=" in said
     assert read_trace(tmp_path / "t.json.gz")["floraLive"]["command"] == command
-    assert len(list(tmp_path.glob("logs/*/flora-live.*.pt.trace.json"))) == 1
+    assert len(list(tmp_path.glob("logs/*/flora-live.*.pt.trace.json.gz"))) == 1
 
 
 def test_an_opened_trace_is_printed_and_written(tmp_path, capsys):
@@ -148,7 +148,9 @@ def test_an_opened_trace_is_printed_and_written(tmp_path, capsys):
     page = (tmp_path / "report.html").read_text()
     assert "Where a decode step" in page and "measured elsewhere" in page
     assert "aten::addmm" in (tmp_path / "report.md").read_text()
-    assert (tmp_path / "report.csv").read_text().splitlines()[1].startswith("decode,flora,aten::mm,GEMM,1,40.00")
+    heads, flora, bmm = (tmp_path / "report.csv").read_text().splitlines()
+    assert heads.startswith("method,phase,step_ms,")
+    assert flora.startswith("flora,decode,0.1,") and bmm.startswith("bmm-lora,decode,0.08,")
     assert read_trace(tmp_path / "again.json")["traceEvents"] == fake_trace.two_methods().events
 
 
@@ -160,7 +162,7 @@ def test_an_opened_trace_is_printed_and_written(tmp_path, capsys):
         (["--methods", "flora", "flora"], "given twice"),
         (["--rows", "0"], "--rows must be from 1 to 64"),
         (["--rank", "500"], "--rank must be from 1 to 128"),
-        (["--report", "report.pdf"], "ends in .html, .md, .csv"),
+        (["--report", "report.pdf"], "cannot be written as .pdf"),
         (["--trace", "trace.txt"], "ends in .json or .json.gz"),
         (["--open", "missing.json"], "cannot be read: No such file"),
         (["--kind", "image"], "invalid choice"),

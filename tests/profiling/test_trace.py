@@ -69,7 +69,7 @@ def test_the_timeline_has_layers_operators_and_what_each_spends_itself(profile):
     lanes = {lane.name: lane.segments for lane in profile.groups[0].lanes}
     assert lanes["layers"] == ((10, 70, "", "attention | transformer.h.0.attn.c_attn"),)
     assert [segment[:2] for segment in lanes["operators"]] == [(20, 50), (85, 10)]
-    linear, mm, linear_again, *_ = lanes["innermost operators"]
+    linear, mm, linear_again, *_ = lanes["innermost"]
     assert (linear, mm) == ((20, 5, HOST, "aten::linear"), (25, 40, GEMM, "aten::mm"))
     assert linear_again == (65, 5, HOST, "aten::linear")
 
@@ -256,7 +256,7 @@ def test_a_written_trace_names_no_machine(tmp_path):
     assert "a-machine" not in text and "somewhere" not in text
     assert read_trace(tmp_path / "t.json.gz")["traceEvents"] == document["traceEvents"]
     run = write_tensorboard_run(tmp_path / "logs", document)
-    assert run.parent.parent == tmp_path / "logs" and run.name.startswith("flora-live.") and run.name.endswith(".pt.trace.json")
+    assert run.parent.parent == tmp_path / "logs" and run.name.startswith("flora-live.") and run.name.endswith(".pt.trace.json.gz")
     with pytest.raises(TraceError, match="cannot write"):
         write_trace(tmp_path / "none" / "t.json", document)
 
