@@ -30,6 +30,7 @@ PROFILE, TRACE = "profile.json", "trace.json.gz"
 OPEN_LIMIT_S = 120.0
 OPEN_MEMORY_BYTES = 6 << 30  # of addresses, which are more than what is held
 _POLL_S = 0.1
+_STARTED, _STARTS_IN_S = 0.4, 5.0  # the share and the usual time of what tells nothing: importing torch and the models' libraries
 _PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -103,7 +104,9 @@ def do(job: RecordJob | OpenJob, folder: Path, should_stop: Callable[[], bool] =
         )
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(process.stdout, lines), name="profile-job", daemon=True).start()
-    until = time.monotonic() + OPEN_LIMIT_S if kind == "open" else float("inf")
+    began_s = time.monotonic()
+    until = began_s + OPEN_LIMIT_S if kind == "open" else float("inf")
+    started = kind == "open"
     try:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps({"do": kind, "folder": str(folder), **asdict(job)}).encode() + b"\n")
@@ -114,6 +117,9 @@ def do(job: RecordJob | OpenJob, folder: Path, should_stop: Callable[[], bool] =
             try:
                 line = lines.get(timeout=_POLL_S)
             except queue.Empty:
+                if not started:
+                    passed = (time.monotonic() - began_s) / _STARTS_IN_S
+                    yield JobProgress("starting a process of its own", _STARTED * passed / (1 + passed))
                 continue
             if line is None:
                 logger.error("a profiling process broke off: %s", log.read_text(errors="replace")[-3000:])
@@ -123,6 +129,7 @@ def do(job: RecordJob | OpenJob, folder: Path, should_stop: Callable[[], bool] =
                 raise JobFailed(told["failed"])
             if "done" in told:
                 return
+            started = True
             yield JobProgress(told["words"], told["share"])
     finally:
         process.kill()
@@ -201,14 +208,13 @@ def _open(job: dict[str, Any], tell: Callable[..., None]) -> dict[str, Any]:
 
 
 def _record(job: dict[str, Any], tell: Callable[..., None]) -> dict[str, Any]:
-    tell(words="starting a process of its own", share=0.02)
     import torch
 
     from flora.engine import Engine
     from flora.errors import FloraError
     from profiling.profile_run import batch_of, record
 
-    tell(words="loading the model", share=0.4)
+    tell(words="loading the model", share=_STARTED)
     torch.set_num_threads(job["threads"])
     loading = {name: job[name] for name in ("device", "dtype", "weights", "quantize", "llm_int8_threshold")}
     try:
