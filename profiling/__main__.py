@@ -1,4 +1,4 @@
-"""The measuring command line: `python -m profiling compare|load|sweep|forms|targets …`."""
+"""The measuring command line: `python -m profiling compare|load|sweep|kernels|forms|targets …`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": "profiling.compare_command",
     "load": "profiling.load_command",
     "sweep": "profiling.sweep_command",
+    "kernels": "profiling.kernels_command",
     "forms": "profiling.forms",
     "int8": "profiling.int8",
     "targets": "profiling.dashboard.targets",
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--report", metavar="FILE", help=REPORT_HELP)
     _add_load(commands)
     _add_sweep(commands)
+    _add_kernels(commands)
     _add_forms(commands)
     _add_int8(commands)
     _add_targets(commands)
@@ -261,6 +263,37 @@ def _add_measuring(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_kernels(commands: argparse._SubParsersAction) -> None:
+    kernels = commands.add_parser(
+        "kernels",
+        help="prefill and decode steps of two or more methods under torch.profiler: which kernels, how long, what instead",
+        description="Profile steps of each method on one batch, in turn, with ranges by phase and layer, and print where their "
+        "time went and what one launches instead of another. On a CPU, operators are the kernels. Or open a trace that was "
+        "recorded elsewhere.",
+    )
+    kernels.add_argument("--methods", nargs="+", default=["flora", "bmm-lora"], metavar="METHOD", help="default: flora bmm-lora")
+    _add_models(kernels)
+    asked = kernels.add_argument_group("what is profiled")
+    asked.add_argument("--kind", choices=("code", "speech"), default="code", help="of the model; default: code")
+    asked.add_argument("--rows", type=int, default=8, metavar="N", help="of the batch, each with an adapter; default: 8")
+    asked.add_argument("--rank", type=int, metavar="R", help="with random adapters of this rank; default: the model's adapters")
+    asked.add_argument("--prefills", type=int, default=4, metavar="N", help="of each method; default: 4")
+    asked.add_argument("--steps", type=int, default=8, metavar="N", help="decode steps of each method; default: 8")
+    asked.add_argument("--warmup", type=int, default=3, metavar="STEPS", help="decode steps before, not measured; default: 3")
+    asked.add_argument(
+        "--captured",
+        action="store_true",
+        help="profile decode steps as they are served: captured, and without what tells of each layer; default: through each layer",
+    )
+    _add_machine(kernels)
+    kernels.add_argument("--open", metavar="TRACE", help="a Chrome trace, .json or .json.gz, to be read instead of recording one")
+    output = kernels.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE", help="write a JSONL row per phase and method; - for standard output")
+    output.add_argument("--report", metavar="FILE", help="write a report; the suffix says which: .html, .md or .csv")
+    output.add_argument("--trace", metavar="FILE", help="write the Chrome trace, .json or .json.gz, which ui.perfetto.dev opens")
+    output.add_argument("--tensorboard", metavar="FOLDER", help="write a run for TensorBoard's profiler plugin: make tensorboard")
+
+
 def _add_forms(commands: argparse._SubParsersAction) -> None:
     forms = commands.add_parser(
         "forms",
@@ -426,7 +459,7 @@ def _add_gpu(commands: argparse._SubParsersAction) -> None:
     gpu.add_argument("--json", metavar="FILE", help="write JSONL rows as they come: what was measured before an end is kept")
 
 
-FILES = ("json", "csv", "per_request", "report", "resume")
+FILES = ("json", "csv", "per_request", "report", "resume", "trace")
 """Options that name a file to be written."""
 
 

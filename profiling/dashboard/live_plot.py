@@ -63,7 +63,9 @@ class LivePlot(gr.HTML):
     file_name: the name of that CSV file. height_px: the fixed height of the chart.
     """
 
-    def __init__(self, value: dict[str, Any], *, file_name: str = "chart.csv", height_px: int = 220, **keywords: Any):
+    def __init__(self, value: dict[str, Any] | None = None, *, file_name: str = "chart.csv", height_px: int = 220, **keywords: Any):
+        # gradio makes the component anew without its value, at an update that has none, such as gr.skip().
+        value = value or plot_value({"data": [], "layout": {}}, "Nothing is drawn yet.")
         source = f"{_PLOTLY_ROUTE.removeprefix('/')}?v={plotly.__version__}"
         template = (
             '<figure class="live-plot">'

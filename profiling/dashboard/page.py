@@ -22,6 +22,7 @@ from profiling.dashboard.api import add_endpoints
 from profiling.dashboard.compare import build_compare_tab
 from profiling.dashboard.device import Device, StopSignals
 from profiling.dashboard.engines import Engines
+from profiling.dashboard.kernels import KernelProfiles, build_kernels_tab
 from profiling.dashboard.live_load import LiveLoads, build_live_load_tab
 from profiling.dashboard.live_plot import plotly_route
 from profiling.dashboard.measuring import Measurements
@@ -45,13 +46,16 @@ class Page(gr.Blocks):
     """The page with the device it runs on; closing it stops the run under way and the visitors' loads, and removes their adapters'
     files."""
 
-    def __init__(self, device: Device, loads: LiveLoads, adapters: AdapterDesk, policy: Policy, **keywords: Any):
+    def __init__(
+        self, device: Device, loads: LiveLoads, profiles: KernelProfiles, adapters: AdapterDesk, policy: Policy, **keywords: Any
+    ):
         super().__init__(**keywords)
-        self.device, self.loads, self.adapters, self.policy = device, loads, adapters, policy
+        self.device, self.loads, self.profiles, self.adapters, self.policy = device, loads, profiles, adapters, policy
 
     def close(self, verbose: bool = True) -> None:
         self.device.close()
         self.loads.close()
+        self.profiles.close()
         self.adapters.close()
         super().close(verbose)
 
@@ -70,7 +74,8 @@ def build(
     """
     engines, policy = Engines(engines), policy or Policy()
     device, stops, loads, adapters = Device(), StopSignals(), LiveLoads(engines), AdapterDesk(engines)
-    measurements, results = Measurements(device), Path(results_folder or workload.ASSETS / "results")
+    measurements, profiles = Measurements(device), KernelProfiles(engines)
+    results = Path(results_folder or workload.ASSETS / "results")
     engines.when_replaced(loads.replaced)
     models = None if options is None else ModelDesk(engines, device, options)
 
@@ -85,7 +90,15 @@ def build(
         return device_line_at(engines.number)
 
     with Page(
-        device, loads, adapters, policy, title=TITLE, analytics_enabled=False, delete_cache=(3600, 24 * 3600), fill_width=True
+        device,
+        loads,
+        profiles,
+        adapters,
+        policy,
+        title=TITLE,
+        analytics_enabled=False,
+        delete_cache=(3600, 24 * 3600),
+        fill_width=True,
     ) as demo:
         with gr.Column(elem_id="flora-page"):
             head = gr.HTML(_head(line()), apply_default_css=False, elem_id="head")
@@ -96,6 +109,8 @@ def build(
                 if engines:
                     with gr.Tab("Live load", id="live-load") as load_tab:
                         followers += build_live_load_tab(loads, line)
+                    with gr.Tab("Kernels", id="kernels"):
+                        build_kernels_tab(profiles, measurements)
                     with gr.Tab("Sweep", id="sweep") as sweep_tab:
                         build_sweep_tab(sweep_tab, engines, measurements, results, line)
                     with gr.Tab("Models", id="models") as models_tab:
@@ -114,6 +129,7 @@ def build(
             stops.forget(request.session_hash)
             loads.forget(request.session_hash)
             measurements.forget(request.session_hash)
+            profiles.forget(request.session_hash)
             adapters.leave(request.session_hash)
 
         demo.unload(forget)
@@ -127,7 +143,10 @@ def launch_options(demo: Page) -> dict[str, Any]:
     return {
         "theme": theme(),
         "css_paths": CSS_FILE,
-        "app_kwargs": {"routes": [plotly_route()], "middleware": [Middleware(UploadQuota, most_bytes=largest + 64_000)]},
+        "app_kwargs": {
+            "routes": [plotly_route(), demo.profiles.traces.route()],
+            "middleware": [Middleware(UploadQuota, most_bytes=largest + 64_000)],
+        },
         "allowed_paths": [str(workload.ASSETS / "clips")],
         "max_file_size": largest,
         "show_error": False,

@@ -1,0 +1,521 @@
+"""What a trace of torch.profiler says about steps: where their time went, which kernels ran, and when. Pure Python, no torch.
+
+Steps of one method and phase form a group, and all its figures are means over its steps; of our own steps, which are all alike,
+those that something else on the machine held up are left out. On a CPU a "kernel" is an operator, and its time is its self-time:
+without the operators that it calls. What no operator takes is the host's: Python, dispatch. So self-times and the host's gap add up
+to the step. On a GPU a kernel is what ran on the device; where two overlap, the time is the first one's, and the gap is the time
+without any.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from profiling.categories import ATTENTION, BMM, CATEGORIES, GEMM, HOST
+from profiling.trace_events import LAYER, Events, Instant, Node, Step, read_events
+
+MAX_KERNELS = 300  # lines of a group's table; the rest is one line
+MAX_NODES = 220  # of a group's tree
+MAX_SEGMENTS = 450  # of a lane
+HELD_UP = 1.4  # a step of ours that takes so many times the median was held up by something else
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=_)\d+$")
+_ALLOCATES = frozenset(f"aten::{name}" for name in ("empty", "empty_strided", "empty_like", "resize_", "new_empty"))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, or on a CPU an operator, with one set of shapes; times in µs, means over the group's steps."""
+
+    name: str
+    category: str
+    shapes: str  # of its inputs, such as "8×256 · 256×768"; empty where the trace has none
+    calls: float  # per step
+    us: float  # per step, all calls together
+    where: str  # the kinds of layer that it ran in, such as "attention, MLP"
+    product: tuple[int, int, int, int] | None = None  # of a matrix product: batch, rows, inner, columns
+
+    @property
+    def mean_us(self) -> float:
+        return self.us / self.calls if self.calls else 0.0
+
+
+@dataclass(frozen=True)
+class TreeNode:
+    """A range or an operator and what ran within, layers of the same name together. us: per step, with its children."""
+
+    name: str
+    category: str  # empty for a range
+    us: float
+    calls: float
+    children: tuple[TreeNode, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One row of the timeline: (start, duration, category, name), µs since the step's start, in order."""
+
+    name: str
+    segments: tuple[tuple[float, float, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a step took of the allocator. by_op: bytes per step by the operator that asked for them, the largest first."""
+
+    peak_bytes: int  # the most that was allocated at once, beyond what there was at the step's start
+    allocated_bytes: float  # per step, freed or not
+    allocations: float  # per step
+    by_op: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class StepGroup:
+    """The steps of one method and phase. method: None in a trace that is not ours."""
+
+    method: str | None
+    phase: str
+    step_ms: tuple[float, ...]  # each step that counts
+    num_held_up: int  # steps that do not
+    categories: dict[str, float]  # ms per step, in the order of CATEGORIES; they add up to the mean step
+    errors: dict[str, float]  # standard errors of the same means, 0 for a single step
+    kernels: tuple[Kernel, ...]  # the most expensive first
+    launches: float  # per step: kernels and copies on a GPU, computing operators on a CPU
+    host_calls: float | None  # per step: launches as the host made them, fewer with CUDA graphs; None on a CPU
+    tree: TreeNode
+    lanes: tuple[Lane, ...]
+    lane_ms: float  # how long the step of the lanes took: the one in the middle
+    memory: Memory | None
+    num_kernels_left_out: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.phase if self.method is None else f"{self.method} {self.phase}"
+
+    @property
+    def mean_ms(self) -> float:
+        return sum(self.step_ms) / len(self.step_ms)
+
+    @property
+    def error_ms(self) -> float:
+        """The standard error of the mean step."""
+        return _standard_error(self.step_ms)
+
+    @property
+    def busy(self) -> float:
+        """The share of a step in which kernels ran."""
+        return 1.0 - self.categories.get(HOST, 0.0) / self.mean_ms if self.mean_ms else 0.0
+
+
+@dataclass(frozen=True)
+class TraceProfile:
+    """All that was read from a trace. facts: what `profiling.profile_run` wrote into it; empty in a trace that is not ours."""
+
+    device: str  # "cpu" | "gpu": what its kernels ran on
+    groups: tuple[StepGroup, ...]
+    num_events: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(group.phase for group in self.groups))
+
+    def of(self, phase: str) -> tuple[StepGroup, ...]:
+        """The phase's groups, in the order of their methods."""
+        return tuple(group for group in self.groups if group.phase == phase)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> TraceProfile:
+        """What `as_dict` made, perhaps by way of JSON."""
+        return cls(**{**document, "groups": tuple(map(_group_from_dict, document["groups"]))})
+
+
+def _group_from_dict(group: Mapping[str, Any]) -> StepGroup:
+    def node(tree: Mapping[str, Any]) -> TreeNode:
+        return TreeNode(**{**tree, "children": tuple(map(node, tree["children"]))})
+
+    def kernel(line: Mapping[str, Any]) -> Kernel:
+        return Kernel(**{**line, "product": None if line["product"] is None else tuple(line["product"])})
+
+    memory = group["memory"]
+    return StepGroup(
+        **{
+            **group,
+            "step_ms": tuple(group["step_ms"]),
+            "kernels": tuple(map(kernel, group["kernels"])),
+            "tree": node(group["tree"]),
+            "lanes": tuple(Lane(lane["name"], tuple(map(tuple, lane["segments"]))) for lane in group["lanes"]),
+            "memory": memory and Memory(**{**memory, "by_op": tuple(map(tuple, memory["by_op"]))}),
+        }
+    )
+
+
+def read_profile(document: Mapping[str, Any]) -> TraceProfile:
+    """Work through a trace, as `trace_file.read_trace` returns it. Raises TraceError where it holds no operator and no kernel."""
+    events = read_events(document)
+    groups = (_group(method, phase, steps, events) for (method, phase), steps in events.steps.items())
+    return TraceProfile("gpu" if events.on_gpu else "cpu", tuple(groups), len(document["traceEvents"]), _facts_of(document))
+
+
+_FACTS = {"kind": str, "batch": int, "adapters": int, "popularity": str, "prefills": int, "steps": int, "warmup": int}
+_FACTS |= {"implementation": str, "captured": bool, "methods": list, "ranks": dict, "plain_ms": dict, "hardware": dict}
+_HARDWARE = {"device": str, "device_name": str, "threads": int, "torch": str, "models": dict}
+
+
+def _facts_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What `profiling.profile_run` wrote beside the events; empty where that is missing, or somebody changed it into nonsense."""
+    facts = document.get("floraLive")
+    if not _has(facts, _FACTS) or not _has(facts["hardware"], _HARDWARE) or not isinstance(facts.get("command", ""), str):
+        return {}
+    ranks, plain, models = facts["ranks"], facts["plain_ms"], facts["hardware"]["models"]
+    sound = all(isinstance(own, list) and all(isinstance(rank, int) for rank in own) for own in ranks.values())
+    sound = sound and all(isinstance(ms, int | float) and math.isfinite(ms) for ms in plain.values())
+    return dict(facts) if sound and all(_has(model, {"name": str, "dtype": str}) for model in models.values()) else {}
+
+
+def _has(value: Any, types: Mapping[str, type]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in types.items())
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def _group(method: str | None, phase: str, steps: Sequence[Step], events: Events) -> StepGroup:
+    num_steps, gpu = len(steps), events.on_gpu
+    if method is not None:
+        usual = statistics.median_low([step.end - step.start for step in steps])
+        steps = [step for step in steps if step.end - step.start <= HELD_UP * usual]
+    count = len(steps)
+    by_step = [dict.fromkeys(CATEGORIES, 0.0) for _ in steps]  # ms
+    table: dict[tuple[str, str, str], list[Any]] = {}  # (name, category, shapes) → [calls, µs, places, product]
+    tree = _Branch("step")
+    launches = host_calls = 0
+    for step, categories in zip(steps, by_step, strict=True):
+        taken = 0.0
+        for work in _work_on_gpu(step) if gpu else _work_on_cpu(step):
+            categories[work.category] += work.own_us / 1000.0
+            taken += work.own_us
+            launches += work.is_launch
+            shapes, product = _shapes(work.dims, work.category), _product(work.dims, work.category)
+            line = table.setdefault((work.name, work.category, shapes), [0, 0.0, set(), product])
+            line[0] += 1
+            line[1] += work.us
+            line[2].add(_place(work.chain))
+            tree.add(work.chain, work.own_us).child(work.name, work.category).count(work.own_us)
+        categories[HOST] += (step.end - step.start - taken) / 1000.0
+        for node in step.nodes:
+            if node.kind == "range":
+                on_host = 0.0 if gpu else node.self_us  # on a GPU, a range is as long as its kernels
+                tree.add(node.chain(), on_host).calls += 1
+        tree.us += step.end - step.start
+        if gpu:
+            host_calls += sum(node.kind == "call" and "launch" in node.name.lower() for node in step.nodes)
+    tree.calls = count
+    lines = sorted(table.items(), key=lambda entry: -entry[1][1])
+    kernels = [
+        Kernel(
+            name=name,
+            category=category,
+            shapes=shapes,
+            calls=calls / count,
+            us=us / count,
+            where=", ".join(sorted(places - {""})),
+            product=product,
+        )
+        for (name, category, shapes), (calls, us, places, product) in lines
+    ]
+    middle = sorted(steps, key=lambda step: step.end - step.start)[(count - 1) // 2]
+    return StepGroup(
+        method=method,
+        phase=phase,
+        step_ms=tuple((step.end - step.start) / 1000.0 for step in steps),
+        num_held_up=num_steps - count,
+        categories={name: sum(own[name] for own in by_step) / count for name in CATEGORIES},
+        errors={name: _standard_error([own[name] for own in by_step]) for name in CATEGORIES},
+        kernels=tuple(kernels[:MAX_KERNELS]),
+        launches=launches / count,
+        host_calls=host_calls / count if gpu else None,
+        tree=tree.frozen(count),
+        lanes=tuple(_lanes(middle, gpu)),
+        lane_ms=(middle.end - middle.start) / 1000.0,
+        memory=_memory(steps, events.instants),
+        num_kernels_left_out=max(0, len(kernels) - MAX_KERNELS),
+    )
+
+
+def _main_thread(step: Step) -> set[int]:
+    """The nodes that the step's time is divided among: those of its own thread, by id."""
+    if step.node is not None:
+        mine: set[int] = {id(step.node)}
+        for node in step.nodes:  # in order of start: a parent comes before its children
+            if node.parent is not None and id(node.parent) in mine:
+                mine.add(id(node))
+        return mine
+    by_root: dict[int, list[Node]] = {}
+    roots = [node for node in step.nodes if node.parent is None]
+    # The whole trace is the step: its time is divided among the operators that overlap with no earlier one.
+    until = -math.inf
+    for node in roots:
+        if node.start >= until:
+            by_root[id(node)] = [node]
+            until = node.end
+    mine = set(by_root)
+    for node in step.nodes:
+        if node.parent is not None and id(node.parent) in mine:
+            mine.add(id(node))
+    return mine
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Something that computed in a step. own_us: of the step's time. chain: the ranges and operators around it, outermost first."""
+
+    name: str
+    category: str
+    dims: Any
+    us: float
+    own_us: float
+    chain: list[Node]
+    is_launch: bool
+
+
+def _work_on_cpu(step: Step) -> Iterator[_Work]:
+    """Its operators, each with its self-time; those of other threads than the step's take nothing of the step's time."""
+    main = _main_thread(step)
+    for node in step.nodes:
+        if node.kind == "op":
+            us = max(0.0, node.self_us)
+            own_us = us if id(node) in main else 0.0
+            yield _Work(node.name, node.category, node.dims, us, own_us, node.chain()[:-1], node.category != HOST)
+
+
+def _work_on_gpu(step: Step) -> Iterator[_Work]:
+    """Its kernels and copies; where two overlap, the step's time is the earlier one's."""
+    until = step.start
+    for event in step.device:
+        end = min(event.end, step.end)
+        own_us = max(0.0, end - max(until, event.start))
+        until = max(until, end)
+        chain = event.launcher.chain() if event.launcher is not None else []
+        dims = next((node.dims for node in reversed(chain) if node.dims), None)
+        yield _Work(event.name, event.category, dims, event.end - event.start, own_us, chain, True)
+
+
+def _place(chain: Iterable[Node]) -> str:
+    """The kind of layer that something ran in."""
+    for node in chain:
+        if node.kind == "range" and (found := LAYER.fullmatch(node.name)) is not None:
+            return found["kind"]
+    return ""
+
+
+def _shapes(dims: Any, category: str) -> str:
+    """The shapes of an operator's inputs, such as "8×1×256 · 256×768"; of attention, which reads more at every step, the first."""
+    shapes = []
+    for entry in dims if isinstance(dims, list) else ():
+        if isinstance(entry, list) and entry and all(isinstance(size, int) for size in entry):
+            shapes.append("×".join(map(str, entry[:8])))
+        elif isinstance(entry, list) and entry and isinstance(entry[0], list):
+            first = "×".join(map(str, entry[0][:8]))
+            shapes.append(f"{len(entry)} of {first}" if first else f"a list of {len(entry)}")
+    return " · ".join(shapes[: 1 if category == ATTENTION else 4])[:160]
+
+
+def _product(dims: Any, category: str) -> tuple[int, int, int, int] | None:
+    """batch, rows, inner, columns of a matrix product by the shapes of its inputs."""
+    if category not in (GEMM, BMM) or not isinstance(dims, list):
+        return None
+    shapes = [entry for entry in dims if isinstance(entry, list) and entry and all(isinstance(size, int) for size in entry)]
+    pairs = [(a, b) for a, b in zip(shapes, shapes[1:], strict=False) if len(a) == len(b) and len(a) in (2, 3) and a[-1] == b[-2]]
+    if not pairs:
+        return None
+    a, b = pairs[-1]
+    return (a[0] if len(a) == 3 else 1, a[-2], a[-1], b[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------- tree
+
+
+class _Branch:
+    """A node of the tree while it grows."""
+
+    __slots__ = ("name", "category", "us", "calls", "children")
+
+    def __init__(self, name: str, category: str = "") -> None:
+        self.name, self.category = name, category
+        self.us = self.calls = 0.0
+        self.children: dict[str, _Branch] = {}
+
+    def child(self, name: str, category: str) -> _Branch:
+        found = self.children.get(name)
+        if found is None:
+            found = self.children[name] = _Branch(name, category)
+        return found
+
+    def add(self, chain: Iterable[Node], us: float) -> _Branch:
+        """Time that was spent in these ranges and operators, the outermost first; the branch of the innermost."""
+        branch = self
+        for node in chain:
+            if node.kind != "call":
+                branch = branch.child(_shared_name(node), node.category if node.kind == "op" else "")
+                branch.us += us
+        return branch
+
+    def count(self, us: float) -> None:
+        self.us += us
+        self.calls += 1
+
+    def frozen(self, num_steps: int) -> TreeNode:
+        """As it stays, means over the steps: without branches too small to be seen."""
+        least = sorted((branch.us for branch in self._all()), reverse=True)[:MAX_NODES][-1]
+        return self._frozen(num_steps, max(least, 1e-9))
+
+    def _all(self) -> Iterator[_Branch]:
+        yield self
+        for child in self.children.values():
+            yield from child._all()
+
+    def _frozen(self, num_steps: int, least_us: float) -> TreeNode:
+        kept = sorted((child for child in self.children.values() if child.us >= least_us), key=lambda child: -child.us)
+        children = tuple(child._frozen(num_steps, least_us) for child in kept)
+        return TreeNode(self.name, self.category, self.us / num_steps, self.calls / num_steps, children)
+
+
+def _shared_name(node: Node) -> str:
+    """The name that layers of the same kind share: `h.0.attn` and `h.1.attn` are `h.*.attn`."""
+    return _NUMBER.sub("*", node.name) if node.kind == "range" else node.name
+
+
+# ------------------------------------------------------------------------------------------------------------ timeline
+
+Segment = tuple[float, float, str, str]
+
+
+def _lanes(step: Step, gpu: bool) -> Iterator[Lane]:
+    """A step on its time axis: layers and what is in them, then what computed."""
+    span = step.end - step.start
+    outer, inner, whole_ops, leaves = [], [], [], []
+    for node in step.nodes:
+        if node.kind == "call":
+            continue
+        begin, duration = node.start - step.start, node.end - node.start
+        parent_is_step = node.parent is None or (step.node is not None and node.parent is step.node)
+        if node.kind == "range":
+            (outer if parent_is_step else inner).append((begin, duration, "", node.name))
+        elif node.parent is None or node.parent.kind == "range":
+            whole_ops.append((begin, duration, node.category, node.name))
+    if not gpu:
+        leaves = list(_own_time(step))
+    for name, segments in (("layers", outer), ("in layers", inner), ("operators", whole_ops), ("innermost", leaves)):
+        if segments:
+            yield Lane(name, tuple(_thinned(segments, span)))
+    streams: dict[str, list[Segment]] = defaultdict(list)
+    for event in step.device:
+        duration = min(event.end, step.end) - event.start
+        streams[event.stream].append((event.start - step.start, duration, event.category, event.name))
+    for stream, segments in sorted(streams.items(), key=lambda item: -len(item[1]))[:6]:
+        yield Lane(f"GPU stream {stream.partition('.')[2]}", tuple(_thinned(segments, span)))
+
+
+def _own_time(step: Step) -> Iterator[Segment]:
+    """The stretches of time that operators spend themselves, not in what they call."""
+    children: dict[int, list[Node]] = defaultdict(list)
+    ops = [node for node in step.nodes if node.kind == "op"]
+    for node in ops:
+        if node.parent is not None and node.parent.kind == "op":
+            children[id(node.parent)].append(node)
+    stretches = []
+    for node in ops:
+        at = node.start
+        for child in children[id(node)]:
+            if child.start > at:
+                stretches.append((at - step.start, child.start - at, node.category, node.name))
+            at = max(at, child.end)
+        if node.end > at:
+            stretches.append((at - step.start, node.end - at, node.category, node.name))
+    yield from sorted(stretches)
+
+
+def _thinned(segments: Sequence[Segment], span: float) -> Iterator[Segment]:
+    """At most MAX_SEGMENTS or so: neighbours of one category that are shorter than can be seen become one."""
+    ordered = sorted(segments)
+    shortest = 0.0 if len(ordered) <= MAX_SEGMENTS else span / MAX_SEGMENTS
+    waiting: list[Segment] = []
+
+    def merged() -> Segment:
+        by_category: dict[str, float] = defaultdict(float)
+        for _, duration, category, _ in waiting:
+            by_category[category] += duration
+        most = max(by_category, key=by_category.__getitem__)
+        end = max(start + duration for start, duration, _, _ in waiting)
+        return (waiting[0][0], end - waiting[0][0], most, f"{len(waiting)} short ones, most of them {most or 'ranges'}")
+
+    for segment in ordered:
+        if waiting and (segment[1] >= shortest or segment[0] - waiting[0][0] >= shortest):
+            yield _rounded(merged() if len(waiting) > 1 else waiting[0])
+            waiting = []
+        if segment[1] >= shortest:
+            yield _rounded(segment)
+        else:
+            waiting.append(segment)
+    if waiting:
+        yield _rounded(merged() if len(waiting) > 1 else waiting[0])
+
+
+def _rounded(segment: Segment) -> Segment:
+    start, duration, category, name = segment
+    return (round(start, 2), round(duration, 2), category, name)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def _memory(steps: Sequence[Step], instants: Sequence[Instant]) -> Memory | None:
+    """None where the trace does not tell."""
+    if not instants:
+        return None
+    times = [instant.time for instant in instants]
+    peak, allocated, allocations = 0, 0, 0
+    by_op: dict[str, int] = defaultdict(int)
+    for step in steps:
+        first, last = bisect.bisect_left(times, step.start), bisect.bisect_left(times, step.end)
+        own = instants[first:last]
+        if not own:
+            continue
+        before = own[0].total - own[0].num_bytes
+        peak = max([peak, *(instant.total - before for instant in own)])
+        asked = [instant for instant in own if instant.num_bytes > 0]
+        allocated += sum(instant.num_bytes for instant in asked)
+        allocations += len(asked)
+        for instant, name in zip(asked, _askers(step, asked), strict=True):
+            by_op[name] += instant.num_bytes
+    largest = sorted(by_op.items(), key=lambda item: -item[1])[:12]
+    count = len(steps)
+    return Memory(peak, allocated / count, allocations / count, tuple((name, num_bytes / count) for name, num_bytes in largest))
+
+
+def _askers(step: Step, asked: Sequence[Instant]) -> Iterator[str]:
+    """For each allocation, the operator that asked for it: the innermost one that does more than allocate."""
+    open_nodes: list[Node] = []
+    following = iter([node for node in step.nodes if node.kind == "op"])
+    node = next(following, None)
+    for instant in asked:
+        while node is not None and node.start <= instant.time:
+            open_nodes.append(node)
+            node = next(following, None)
+        open_nodes = [one for one in open_nodes if one.end > instant.time]
+        yield next((one.name for one in reversed(open_nodes) if one.name not in _ALLOCATES), "outside of operators")
