@@ -113,14 +113,15 @@ def build(
                         build_kernels_tab(profiles, measurements)
                     with gr.Tab("Sweep", id="sweep") as sweep_tab:
                         build_sweep_tab(sweep_tab, engines, measurements, results, line)
-                    with gr.Tab("Models", id="models") as models_tab:
-                        follower, changes = build_models_tab(models_tab, demo.load, adapters, models, policy)
-                    followers.append(follower)
                     selected.append(load_tab.select)
                 with gr.Tab("Op lab", id="op-lab") as op_lab_tab:
                     build_op_lab_tab(op_lab_tab, measurements, computing, results)
                 with gr.Tab("Accuracy", id="accuracy") as accuracy_tab:
                     build_accuracy_tab(accuracy_tab, results)
+                if engines:
+                    with gr.Tab("Models", id="models") as models_tab:
+                        follower, changes = build_models_tab(models_tab, demo.load, adapters, models, policy)
+                    followers.append(follower)
         followers.append(Follower([head], lambda values, opened: [_head(line())]))
         Following(engines, followers).connect(selected, changes, demo.load)
         add_endpoints(engines, device, adapters, policy)
