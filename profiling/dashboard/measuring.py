@@ -221,8 +221,8 @@ class Measuring:
         stands in line. show: (the measurement as it stands, *values of looks) → values of outputs, a few times a second and once at
         its end. looks: what the visitor may choose while it runs, of how it is shown.
         """
-        running = [gr.Button(interactive=False), gr.Button(interactive=True)]
-        resting = [gr.Button(interactive=True), gr.Button(interactive=False)]
+        running = [gr.update(interactive=False), gr.update(interactive=True)]
+        resting = [gr.update(interactive=True), gr.update(interactive=False)]
 
         def arm():
             """Answers the button at once."""
