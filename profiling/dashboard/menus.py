@@ -30,12 +30,9 @@ class Menu(gr.Dropdown):
 
 
 class MultiMenu(gr.Dropdown):
-    """As `Menu`, of which several entries may be chosen."""
+    """As `Menu`, of which several entries may be chosen: give `multiselect=True`."""
 
     is_template = True
-
-    def __init__(self, **keywords: Any) -> None:
-        super().__init__(multiselect=True, **keywords)
 
     def preprocess(self, payload: Any) -> list[str]:
         return [entry for entry in payload if isinstance(entry, str)] if isinstance(payload, list) else []

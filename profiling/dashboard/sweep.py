@@ -208,6 +208,7 @@ def build_sweep_tab(
             measuring.status_line()
             top = LiveCells(views.HEADLINE_TEMPLATE, views.said((), (), (), device_line()), elem_id="sweep-headline")
             beside = MultiMenu(
+                multiselect=True,
                 choices=[],
                 value=[],
                 label="compare with",
