@@ -50,14 +50,14 @@ def breakdown(groups: Sequence[StepGroup]) -> Chart:
         for name in _used(groups)
     ]
     longest = max((group.mean_ms for group in groups), default=1.0)
-    phase = groups[0].phase if groups else ""
+    phase, words = (groups[0].phase, groups[0].words) if groups else ("", "step")
     layout = chart_layout(f"breakdown {phase}", "ms per step", "", (0, 1.02 * longest), (len(groups) - 0.5, -0.5))
     layout |= {"barmode": "stack", "height": 150 + _ROW_PX * len(groups), "bargap": 0.35}
     layout["legend"]["traceorder"] = "normal"
     layout["margin"] |= {"l": 110, "t": 62}
     layout["yaxis"] |= {"title": {"text": ""}, "ticks": "", "fixedrange": True}
     parts = [f"{_label(group)} {group.mean_ms:.2f} ms, {100 * group.busy:.0f} % of it computing" for group in groups]
-    return Chart({"data": traces, "layout": layout}, f"Where the mean {phase} step goes: {'; '.join(parts)}.")
+    return Chart({"data": traces, "layout": layout}, f"Where the mean {words} goes: {'; '.join(parts)}.")
 
 
 def gains(difference: TraceDiff, first: str, other: str) -> Chart:
@@ -98,7 +98,7 @@ def icicle(group: StepGroup) -> Chart:
         name = f"{parent}/{len(ids)}"
         ids.append(name)
         parents.append(parent)
-        labels.append(short_name(node.name) if parent else f"{_label(group)} {group.phase}")
+        labels.append(short_name(node.name) if parent else f"{_label(group)}, {group.words}")
         values.append(round(node.us, 2))
         colours.append(CATEGORY_COLOURS.get(node.category, _LAYER_COLOUR))
         calls = f"{node.calls:.4g} call{'s' if node.calls != 1 else ''} a step, " if node.calls else ""
@@ -129,7 +129,7 @@ def icicle(group: StepGroup) -> Chart:
         layout.pop(axis)
     unit = "the time of its kernels" if group.host_calls is not None else "its time"
     sentence = (
-        f"What calls what in {_label(group)}'s {group.phase} step: a box is as wide as {unit}, what it calls is below it, and "
+        f"What calls what in {_label(group)}'s {group.words}: a box is as wide as {unit}, what it calls is below it, and "
         "layers of one name are one box. A click opens a box."
     )
     return Chart({"data": [trace], "layout": layout}, sentence)
@@ -170,7 +170,7 @@ def timeline(groups: Sequence[StepGroup]) -> Chart:
             }
         )
     longest = max((group.lane_ms for group in groups), default=1.0)
-    phase = groups[0].phase if groups else ""
+    phase, words = (groups[0].phase, groups[0].words) if groups else ("", "step")
     layout = chart_layout(f"timeline {phase}", "ms since the step began", "", (0, 1.01 * longest), (len(rows) - 0.5, -0.5))
     layout |= {"barmode": "overlay", "bargap": 0.18, "height": 100 + _LANE_PX * len(rows), "dragmode": "zoom"}
     layout["legend"]["traceorder"] = "normal"
@@ -186,7 +186,7 @@ def timeline(groups: Sequence[StepGroup]) -> Chart:
     steps = "; ".join(f"{_label(group)}'s took {group.lane_ms:.2f} ms" for group in groups)
     return Chart(
         {"data": traces, "layout": layout},
-        f"One {phase} step of each on the same time axis: {steps}. Drag over a stretch to zoom, double click to see all again.",
+        f"One {words} of each on the same time axis: {steps}. Drag over a stretch to zoom, double click to see all again.",
     )
 
 

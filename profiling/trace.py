@@ -100,6 +100,11 @@ class StepGroup:
         return self.phase if self.method is None else f"{self.method} {self.phase}"
 
     @property
+    def words(self) -> str:
+        """What one of them is called: "decode step", "step", "whole trace"."""
+        return self.phase if self.method is None else f"{self.phase} step"
+
+    @property
     def mean_ms(self) -> float:
         return sum(self.step_ms) / len(self.step_ms)
 
@@ -409,6 +414,7 @@ def _lanes(step: Step, gpu: bool) -> Iterator[Lane]:
     """A step on its time axis: layers and what is in them, then what computed."""
     span = step.end - step.start
     outer, inner, whole_ops, leaves = [], [], [], []
+    most = _most_of(step)
     for node in step.nodes:
         if node.kind == "call":
             continue
@@ -417,7 +423,7 @@ def _lanes(step: Step, gpu: bool) -> Iterator[Lane]:
         if node.kind == "range":
             (outer if parent_is_step else inner).append((begin, duration, "", node.name))
         elif node.parent is None or node.parent.kind == "range":
-            whole_ops.append((begin, duration, node.category, node.name))
+            whole_ops.append((begin, duration, most[id(node)], node.name))
     if not gpu:
         leaves = list(_own_time(step))
     for name, segments in (("layers", outer), ("in layers", inner), ("operators", whole_ops), ("innermost", leaves)):
@@ -429,6 +435,19 @@ def _lanes(step: Step, gpu: bool) -> Iterator[Lane]:
         streams[event.stream].append((event.start - step.start, duration, event.category, event.name))
     for stream, segments in sorted(streams.items(), key=lambda item: -len(item[1]))[:6]:
         yield Lane(f"GPU stream {stream.partition('.')[2]}", tuple(_thinned(segments, span)))
+
+
+def _most_of(step: Step) -> dict[int, str]:
+    """For each operator that no other called, by id: the category that most of its time went to."""
+    spent: dict[int, dict[str, float]] = {}
+    outermost: dict[int, int] = {}
+    for node in step.nodes:  # in order of start: who calls comes before whom it calls
+        if node.kind == "op":
+            called = node.parent is not None and node.parent.kind == "op"
+            place = outermost[id(node)] = outermost.get(id(node.parent), id(node)) if called else id(node)
+            own = spent.setdefault(place, defaultdict(float))
+            own[node.category] += node.self_us
+    return {place: max(own, key=own.__getitem__) for place, own in spent.items()}
 
 
 def _own_time(step: Step) -> Iterator[Segment]:
@@ -451,29 +470,37 @@ def _own_time(step: Step) -> Iterator[Segment]:
 
 
 def _thinned(segments: Sequence[Segment], span: float) -> Iterator[Segment]:
-    """At most MAX_SEGMENTS or so: neighbours of one category that are shorter than can be seen become one."""
+    """At most MAX_SEGMENTS or so: where there are more, neighbours that are too short to be seen become one stretch, divided among
+    their categories."""
     ordered = sorted(segments)
-    shortest = 0.0 if len(ordered) <= MAX_SEGMENTS else span / MAX_SEGMENTS
-    waiting: list[Segment] = []
-
-    def merged() -> Segment:
-        by_category: dict[str, float] = defaultdict(float)
-        for _, duration, category, _ in waiting:
-            by_category[category] += duration
-        most = max(by_category, key=by_category.__getitem__)
-        end = max(start + duration for start, duration, _, _ in waiting)
-        return (waiting[0][0], end - waiting[0][0], most, f"{len(waiting)} short ones, most of them {most or 'ranges'}")
-
+    if len(ordered) <= MAX_SEGMENTS:
+        yield from map(_rounded, ordered)
+        return
+    shortest, waiting = 4 * span / MAX_SEGMENTS, []
     for segment in ordered:
-        if waiting and (segment[1] >= shortest or segment[0] - waiting[0][0] >= shortest):
-            yield _rounded(merged() if len(waiting) > 1 else waiting[0])
+        is_long = segment[1] >= shortest
+        if waiting and (is_long or segment[0] - waiting[0][0] >= shortest):
+            yield from _as_one(waiting)
             waiting = []
-        if segment[1] >= shortest:
+        if is_long:
             yield _rounded(segment)
         else:
             waiting.append(segment)
-    if waiting:
-        yield _rounded(merged() if len(waiting) > 1 else waiting[0])
+    yield from _as_one(waiting)
+
+
+def _as_one(segments: Sequence[Segment]) -> Iterator[Segment]:
+    """Neighbours as one stretch, with a piece for each category, the largest first; as long as they took, so gaps come last."""
+    if len(segments) < 2:
+        yield from map(_rounded, segments)
+        return
+    by_category: dict[str, list[float]] = defaultdict(list)
+    for _, duration, category, _ in segments:
+        by_category[category].append(duration)
+    at = segments[0][0]
+    for category, durations in sorted(by_category.items(), key=lambda item: -sum(item[1])):
+        yield _rounded((at, sum(durations), category, f"{len(durations)} short ones together"))
+        at += sum(durations)
 
 
 def _rounded(segment: Segment) -> Segment:

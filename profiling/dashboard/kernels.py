@@ -84,14 +84,15 @@ class Found:
 
 
 class ProfileWork:
-    """A `measuring.Work`: one job in a process of its own, and what came of it. keep: is given the folder with what was made."""
+    """A `measuring.Work`: one job in a process of its own, and what came of it. root: where it makes its folder. keep: is given that,
+    with what was made."""
 
-    def __init__(self, job: RecordJob | OpenJob, keep: Callable[[RecordJob | OpenJob, Path], Found]) -> None:
-        self._job, self._keep = job, keep
+    def __init__(self, job: RecordJob | OpenJob, root: str, keep: Callable[[RecordJob | OpenJob, Path], Found]) -> None:
+        self._job, self._root, self._keep = job, root, keep
         self.found: Found | None = None
 
     def measure(self, should_stop: Callable[[], bool]) -> Iterator[Any]:
-        folder = Path(tempfile.mkdtemp(prefix="flora-live-"))
+        folder = Path(tempfile.mkdtemp(dir=self._root))
         try:
             for progress in do(self._job, folder, should_stop):
                 yield HowFar(progress.words, progress.share)
@@ -116,6 +117,7 @@ class KernelProfiles:
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self.engines = engines
         self.traces = ServedTraces()
+        self.root = tempfile.TemporaryDirectory(prefix="flora-live-")  # of all folders, also of results that nobody fetched
         self._lock = threading.Lock()
         self._found: dict[str, Found] = {}
         self._number = 0
@@ -151,6 +153,7 @@ class KernelProfiles:
         """The server is going down."""
         for session in list(self._found):
             self.forget(session)
+        self.root.cleanup()
 
     def _remove(self, found: Found) -> None:
         self.traces.remove(found.trace)
@@ -158,7 +161,7 @@ class KernelProfiles:
 
     def record(self, session: str, wish: ProfileWish) -> ProfileWork:
         """What profiles the model that serves now. Raises a FloraError that says what cannot be profiled."""
-        return ProfileWork(self.job(wish), partial(self.keep, session))
+        return ProfileWork(self.job(wish), self.root.name, partial(self.keep, session))
 
     def open(self, session: str, path: Any) -> ProfileWork:
         """What reads a visitor's trace. path: where gradio has put the upload."""
@@ -166,7 +169,7 @@ class KernelProfiles:
             raise RequestError("choose a trace first: a .json or .json.gz file, as torch.profiler's export_chrome_trace writes it")
         if not path.lower().endswith(SUFFIXES):
             raise RequestError("a trace is a .json or .json.gz file, as torch.profiler's export_chrome_trace writes it")
-        return ProfileWork(OpenJob(path), partial(self.keep, session))
+        return ProfileWork(OpenJob(path), self.root.name, partial(self.keep, session))
 
     def job(self, wish: ProfileWish) -> RecordJob:
         """The wish with all that another process needs to load the engine that serves."""
@@ -303,10 +306,11 @@ def build_kernels_tab(profiles: KernelProfiles, measurements: Measurements) -> N
             with gr.Column(visible=False, elem_classes="kernels-found") as area:
                 plots = {}
                 with gr.Row(equal_height=False, elem_classes="kernels-charts"):
-                    for name in ("breakdown", "gains"):
-                        with gr.Column(min_width=280, elem_classes="instrument"):
-                            plots[name] = _plot(name)
-                with gr.Column(elem_classes="instrument"):
+                    with gr.Column(min_width=280, elem_classes="instrument"):
+                        plots["breakdown"] = _plot("breakdown")
+                    with gr.Column(min_width=280, elem_classes="instrument") as gains:
+                        plots["gains"] = _plot("gains")
+                with gr.Column(elem_classes="instrument") as instead:
                     diff = LiveCells(views.DIFF_TEMPLATE, elem_id="kernels-diff")
                 with gr.Column(elem_classes="instrument"):
                     gr.HTML('<h2 class="panel-title">timeline</h2>', apply_default_css=False)
@@ -335,8 +339,8 @@ def build_kernels_tab(profiles: KernelProfiles, measurements: Measurements) -> N
         downloads = Downloads("kernels")
 
     charts = [plots[name] for name in views.CHARTS]
-    shown = [area, headline, phase, method, *charts, diff, table, reproduce, exports]
-    redrawn = [headline, method, *charts, diff, table]
+    redrawn = [headline, gains, instead, method, *charts, diff, table]
+    shown = [area, phase, *redrawn, reproduce, exports]
 
     def begin(session: str, *values: Any) -> ProfileWork:
         return profiles.record(session, ProfileWish(*values))
@@ -389,12 +393,11 @@ def _everything(found: Found) -> list[Any]:
     """Values of all that shows a profile, at the phase that is looked at first: decode, where there is one."""
     profile = found.profile
     phase = "decode" if "decode" in profile.phases else profile.phases[0]
-    headline, method, *rest = _of_phase(found, phase, None)
     switch = gr.Radio(choices=list(profile.phases), value=phase, visible=len(profile.phases) > 1)
     command = cells_value({"command": html.escape(profile.facts.get("command", OPEN_COMMAND))})
     title = f"fLoRA Live: {' and '.join(label(group.method) for group in profile.of(phase))}"
     export = found.trace.value(title, f"flora-live.{found.number}.pt.trace.json.gz")
-    return [gr.Column(visible=True), headline, switch, method, *rest, command, export]
+    return [gr.Column(visible=True), switch, *_of_phase(found, phase, None), command, export]
 
 
 def _of_phase(found: Found, phase: str, tree: str | None) -> list[Any]:
@@ -404,6 +407,7 @@ def _of_phase(found: Found, phase: str, tree: str | None) -> list[Any]:
     charts = views.charts(profile, phase, tree or None, found.number)
     return [
         views.headline(profile, phase, found.source),
+        *[gr.Column(visible=len(methods) > 1)] * 2,
         gr.Radio(choices=[(label(one or None), one) for one in methods], value=tree, visible=len(methods) > 1),
         *(charts[name] for name in views.CHARTS),
         views.difference(profile, phase),

@@ -66,7 +66,7 @@ def headline(profile: TraceProfile, phase: str, source: str) -> dict[str, Any]:
         group = groups[0]
         top = group.kernels[0] if group.kernels else None
         most = f"; most of it goes to {top.name} ({top.us / 1000:.2f} ms)" if top else ""
-        sentences = [f"A {phase} takes {group.mean_ms:.2f} ms, {100 * group.busy:.0f} % of it computing{most}."]
+        sentences = [f"The {group.words} takes {group.mean_ms:.2f} ms, {100 * group.busy:.0f} % of it computing{most}."]
     facts = " · ".join([source, *conditions(profile)])
     return cells_value(
         {
@@ -96,11 +96,15 @@ def _steps_table(profile: TraceProfile, groups: Sequence[StepGroup]) -> str:
     for group in groups:
         plain = profile.facts.get("plain_ms", {}).get(group.name)
         error = f" <small>± {group.error_ms:.2f}</small>" if len(group.step_ms) > 1 else ""
-        cells = [f"{group.mean_ms:.2f} ms{error}", _NOTHING if plain is None else f"{plain:.2f} ms", f"{group.launches:.4g}"]
-        cells += [f"{group.host_calls:.4g}"] if gpu else []
+        cells = [f"{group.mean_ms:.2f} ms{error}", _NOTHING if plain is None else f"{plain:.2f} ms", _count(group.launches)]
+        cells += [_count(group.host_calls)] if gpu else []
         cells += [f"{100 * group.busy:.0f} %", *_memory_cells(group)]
         body += f'<tr><th scope="row">{method_label(group.method)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
     return f'<table class="figures steps"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def _memory_cells(group: StepGroup) -> list[str]:
