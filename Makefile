@@ -2,10 +2,11 @@
 SHELL := /bin/sh
 .SUFFIXES:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peft lint assets clean
+.PHONY: help demo test test-peft lint assets tensorboard clean
 
 HOST ?= 127.0.0.1
 PORT ?= 7860
+LOGDIR ?= logs
 PYTEST_ARGS ?=
 PEFT ?=
 VENV := .venv
@@ -13,7 +14,7 @@ export PYTHON
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## serve the demo on 127.0.0.1:7860 (HOST= and PORT= change that)
 	@exec $(VENV)/bin/python app.py --host "$(HOST)" --port "$(PORT)"
@@ -49,6 +50,9 @@ assets: $(VENV)/.installed ## make the models, adapters and clips in assets/ aga
 	done
 	$(VENV)/bin/python -m flora.evaluate code --report
 	$(VENV)/bin/python -m flora.evaluate speech --report
+
+tensorboard: $(VENV)/.installed ## show runs of `python -m profiling kernels --tensorboard logs` in TensorBoard (LOGDIR= says where they are)
+	@exec $(VENV)/bin/python -m tensorboard.main --logdir "$(LOGDIR)"
 
 clean: ## remove .venv and what tools left behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -84,7 +84,7 @@ class Found:
 
 
 class ProfileWork:
-    """A `measuring.Work`: one job in a process of its own, and what came of it. root: where it makes its folder. keep: is given that,
+    """A `measuring.Work`: one job in a process of its own, and what came of it. root: where it makes its folder. keep: given that,
     with what was made."""
 
     def __init__(self, job: RecordJob | OpenJob, root: str, keep: Callable[[RecordJob | OpenJob, Path], Found]) -> None:

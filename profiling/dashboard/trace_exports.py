@@ -71,8 +71,9 @@ class TraceExports(gr.HTML):
             '<div class="trace-exports"><a class="quiet-button" data-file aria-disabled="true">trace.json.gz</a>'
             '<button type="button" class="quiet-button" data-open disabled title="opens ui.perfetto.dev in a new window; '
             'the trace goes from this page to that one and to no server">open in Perfetto</button>'
-            '<a class="quiet-button" data-run aria-disabled="true" title="save it into a folder of its own below logs/, then: '
-            'make tensorboard">TensorBoard run</a><span class="words" data-words role="status"></span></div>'
+            '<a class="quiet-button" data-run aria-disabled="true" title="the trace under a name that TensorBoard\'s plugin '
+            'looks for">TensorBoard run</a><span class="hint">save the run into a folder of its own in <code>logs/</code>, then '
+            '<code>make tensorboard</code></span><span class="words" data-words role="status"></span></div>'
         )
         super().__init__(value=None, html_template=template, js_on_load=_JS_ON_LOAD, apply_default_css=False, **keywords)
 
