@@ -60,7 +60,8 @@ class ServedTraces:
         if trace is None or not trace.path.is_file():
             return PlainTextResponse("this trace is no longer on the server", 404)
         headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
-        return FileResponse(trace.path, media_type="application/octet-stream", filename=trace.file, headers=headers)
+        headers["Content-Disposition"] = "attachment"  # without a name: that is the link's to give, which has two
+        return FileResponse(trace.path, media_type="application/octet-stream", headers=headers)
 
 
 class TraceExports(gr.HTML):

@@ -131,7 +131,7 @@ def test_a_trace_is_served_to_whoever_knows_its_address_while_it_is_looked_at(pr
     client = TestClient(Starlette(routes=[profiles.traces.route()]))
     answer = client.get("/" + found.trace.url)
     assert answer.status_code == 200 and answer.content[:2] == b"\x1f\x8b"
-    assert "flora-live-trace.json.gz" in answer.headers["content-disposition"]
+    assert answer.headers["content-disposition"] == "attachment" and answer.headers["x-content-type-options"] == "nosniff"
     assert client.get("/" + found.trace.url[:-1]).status_code == 404
     assert client.get("/" + found.trace.url.rpartition("/")[0] + "/..%2f..%2fetc%2fpasswd").status_code == 404
     profiles.forget("a")
