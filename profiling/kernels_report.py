@@ -50,6 +50,8 @@ def conditions(profile: TraceProfile) -> list[str]:
     parts += [f"batch of {facts['batch']} ({facts['popularity']} adapters{f', rank: {ranks}' if ranks else ''})"]
     parts += [f"{facts['prefills']} prefills and {facts['steps']} decode steps of each method, in turn"]
     parts += [f"{facts['warmup']} warm-up steps before, and again under the profiler", f"torch {hardware['torch']}"]
+    if any(group.error_ms > 0.05 * group.mean_ms for group in profile.groups):
+        parts.append("the steps differ much from each other: something else uses this machine, so measure again")
     if held_up := sum(group.num_held_up for group in profile.groups):
         parts.append(f"{held_up} step{'s' if held_up > 1 else ''} held up by something else and left out")
     return parts
