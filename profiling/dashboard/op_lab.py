@@ -82,7 +82,7 @@ def setting_of(model: Any, layer: Any, d_in: Any, d_out: Any, sizes: Sequence[An
     free = model == FREE
     named = dict(zip(_SIZES, sizes, strict=True)) | ({"d_in": d_in, "d_out": d_out} if free else {})
     for name, value in named.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
             raise RequestError(f"{name} must be a whole number from 1 to {MOST[name]}")
     named = {name: int(value) for name, value in named.items()}
     if dtype not in DTYPES:
