@@ -136,7 +136,7 @@ def build_op_lab_tab(tab: gr.Tab, measurements: Measurements, device: Callable[[
         shown = command_line(setting_of(_FIRST_MODEL, first[0][1], None, None, (8, 1, 4, 8), DTYPES[0]), device())
         reproduce = LiveCells(REPRODUCE_TEMPLATE, cells_value({"command": html.escape(shown)}), elem_id="oplab-reproduce")
         downloads = Downloads("oplab")
-    with gr.Column(elem_classes="instrument"):
+    with gr.Column(elem_classes="instrument lab-panel"):
         recorded = LiveCells(views.RECORDED_TEMPLATE, elem_id="oplab-recorded")
 
     def choose(name: str | None) -> list[Any]:
