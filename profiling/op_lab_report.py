@@ -190,6 +190,7 @@ def summary_sentences(found: GridSummary) -> list[str]:
         f"Where one led by more than {percent(GAP)}, the winner was named (in {percent(WINNERS_PROMISED)} at least is promised): "
         f"of fLoRA and bmm-LoRA in {found.paper_wins}, by Eq. 7 in {found.eq7_wins}; of all methods with adapters in "
         f"{found.all_wins}; of every two of them in {found.pair_wins}.",
+        "What is promised is kept." if found.kept else "Not all that is promised is kept.",
     ]
 
 
