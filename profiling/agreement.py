@@ -61,7 +61,10 @@ class Pair:
 def ratios_of(rows: Sequence[dict]) -> dict[str, Ratio]:
     """All ratios of the JSONL rows of a run, by name: of `compare`'s and the Op lab's."""
     found = {}
+    kinds = {row.get("kind") for row in rows} - {None, "all"}
     for row in rows:
+        if row.get("kind") == "all" and len(kinds) == 1:
+            continue  # the same again
         place = [str(row[key]) for key in ("kind", "layer") if row.get(key)]
         if row.get("rank"):
             place.append(f"rank {row['rank']}")

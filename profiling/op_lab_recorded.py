@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from flora.errors import RequestError
 from profiling.cost_model import LayerShape
 from profiling.op_lab import Setting
 from profiling.op_lab_grid import GAP, PAPERS
@@ -63,20 +64,22 @@ def read_recorded(folder: Path) -> Recorded:
     for line in lines:
         try:
             setting, row = _row(line)
-        except (ValueError, TypeError, KeyError):
-            bad += 1
-        else:
             points.setdefault(setting, {})[row["method"]] = row
+        except (ValueError, TypeError, KeyError, RequestError):
+            bad += 1
     complaint = f"{bad} of {len(lines)} lines of {FILE_NAME} are no rows of the Op lab." if bad else ""
     return Recorded(tuple(RecordedPoint(setting, rows) for setting, rows in points.items()), complaint)
 
 
 def _row(line: str) -> tuple[Setting, dict]:
-    """A line's setting and the row itself; ValueError, TypeError or KeyError for anything else."""
+    """A line's setting and the row itself; ValueError, TypeError, KeyError or RequestError for anything else."""
     row = json.loads(line)
     if row["measures"] != "layer" or not isinstance(row["method"], str) or not isinstance(row["hardware"], dict):
         raise ValueError("this is no row of the Op lab")
     if not all(isinstance(row[key], int | float) and 0 < row[key] < float("inf") for key in _NUMBERS):
         raise ValueError("a time is a number above 0")
+    over = row["over_first"] if isinstance(row["first"], str) else False
+    if over is not None and not (isinstance(over, list) and len(over) == 3 and all(isinstance(end, int | float) for end in over)):
+        raise ValueError("a ratio has a median and two ends")
     model, layer, d_in, d_out, rows, tokens, rank, adapters, dtype, seed = (row[name] for name in _SHARED)
     return Setting(LayerShape(d_in, d_out, rows, tokens, rank, adapters), dtype, model, layer, seed), row

@@ -100,11 +100,12 @@ def report_of(results: Sequence[OpLabResult], command: str, found: GridSummary |
 
 def batch_words(shape: LayerShape) -> str:
     """Such as "8 rows of 1 token, rank 4, 8 adapters"."""
-    counts = (_count(shape.rows, "row"), _count(shape.length, "token"), _count(shape.adapters, "adapter"))
+    counts = (count(shape.rows, "row"), count(shape.length, "token"), count(shape.adapters, "adapter"))
     return f"{counts[0]} of {counts[1]}, rank {shape.rank}, {counts[2]}"
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
+    """ "1 row", "8 rows"."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
@@ -153,7 +154,7 @@ def _why(result: OpLabResult) -> str:
     if flora is None:
         return said
     if flora.form == "flora-modulate":
-        return f"{said} fLoRA forms a weight of its own for each of the {_count(shape.adapters, 'adapter')} and multiplies by it."
+        return f"{said} fLoRA forms a weight of its own for each of the {count(shape.adapters, 'adapter')} and multiplies by it."
     if shape.rank == 1:
         return f"{said} At rank 1 fLoRA sends no more rows through it than the bare layer has."
     more_s = flora.operations / costs.matrix_flops_per_s
@@ -182,13 +183,14 @@ def summary_sentences(found: GridSummary) -> list[str]:
 
     by_method = ", ".join(f"{METHOD_STYLES[method].label} {percent(error)}" for method, error in found.by_method.items())
     return [
-        f"{_count(found.points, 'point')}: predictions are off by {percent(found.error)} of the measured time, the median over "
+        f"{count(found.points, 'point')}: predictions are off by {percent(found.error)} of the measured time, the median over "
         f"methods and points (under {percent(MEDIAN_ERROR_PROMISED)} is promised): {by_method}.",
         f"Of fLoRA and bmm-LoRA alone {percent(found.paper_error)}, and by Eq. 7 with c1 and c2 measured here "
         f"{percent(found.eq7_error)}.",
         f"Where one led by more than {percent(GAP)}, the winner was named (in {percent(WINNERS_PROMISED)} at least is promised): "
         f"of fLoRA and bmm-LoRA in {found.paper_wins}, by Eq. 7 in {found.eq7_wins}; of all methods with adapters in "
         f"{found.all_wins}; of every two of them in {found.pair_wins}.",
+        "What is promised is kept." if found.kept else "Not all that is promised is kept.",
     ]
 
 

@@ -82,7 +82,7 @@ def setting_of(model: Any, layer: Any, d_in: Any, d_out: Any, sizes: Sequence[An
     free = model == FREE
     named = dict(zip(_SIZES, sizes, strict=True)) | ({"d_in": d_in, "d_out": d_out} if free else {})
     for name, value in named.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
             raise RequestError(f"{name} must be a whole number from 1 to {MOST[name]}")
     named = {name: int(value) for name, value in named.items()}
     if dtype not in DTYPES:
@@ -136,7 +136,7 @@ def build_op_lab_tab(tab: gr.Tab, measurements: Measurements, device: Callable[[
         shown = command_line(setting_of(_FIRST_MODEL, first[0][1], None, None, (8, 1, 4, 8), DTYPES[0]), device())
         reproduce = LiveCells(REPRODUCE_TEMPLATE, cells_value({"command": html.escape(shown)}), elem_id="oplab-reproduce")
         downloads = Downloads("oplab")
-    with gr.Column(elem_classes="instrument"):
+    with gr.Column(elem_classes="instrument lab-panel"):
         recorded = LiveCells(views.RECORDED_TEMPLATE, elem_id="oplab-recorded")
 
     def choose(name: str | None) -> list[Any]:

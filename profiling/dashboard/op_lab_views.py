@@ -13,7 +13,7 @@ from profiling.figures import METHOD_STYLES, Chart
 from profiling.op_lab import MethodPoint, OpLabResult
 from profiling.op_lab_grid import GAP
 from profiling.op_lab_recorded import Recorded, RecordedPoint
-from profiling.op_lab_report import batch_words, milliseconds
+from profiling.op_lab_report import batch_words, count, milliseconds
 
 VERDICT_TEMPLATE = '<div class="lab-verdict" data-cell="verdict"></div>'
 TABLE_TEMPLATE = (
@@ -130,7 +130,7 @@ def recorded(found: Recorded) -> dict[str, Any]:
         f"torch {point.hardware.get('torch', '?')}"
         for point in found.points
     )
-    note = f"{len(found.points)} points, measured on {' and on '.join(machines)}. {found.complaint}"
+    note = f"{count(len(found.points), 'point')}, measured on {' and on '.join(machines)}. {found.complaint}"
     return cells_value(
         {
             "heading": heading,

@@ -48,6 +48,9 @@ def test_every_ratio_of_the_rows_is_found_by_its_name():
     assert set(found) == compared | {"bmm-lora / flora, c_attn, rank 4"}
     assert found["bmm-lora / flora, c_attn, rank 4"] == Ratio(1.5, 1, 9, 9)
     assert ratios_of([{"method": "flora"}]) == {}
+    assert set(ratios_of([*rows(1.5), {**rows(1.5)[0], "kind": "all"}])) == set(found), "all of one kind is that kind again"
+    both = ratios_of([{**rows(1.5)[0], "kind": kind} for kind in ("code", "speech", "all")])
+    assert set(both) == {f"flora / base, {kind}" for kind in ("code", "speech", "all")}
 
 
 def test_no_run_is_in_two_pairs_and_measurements_take_turns():
