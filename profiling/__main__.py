@@ -339,11 +339,15 @@ def _add_int8(commands: argparse._SubParsersAction) -> None:
 def _add_targets(commands: argparse._SubParsersAction) -> None:
     targets = commands.add_parser(
         "targets",
-        help="the app against its promises: first page, ready batch, memory, decode step beside the base model's",
-        description="Start the app in a process of its own, run the ready batch, and compare decode steps with the base model's.",
+        help="the app against its promises: first page, ready batch, memory, decode step beside the base model's, an open page",
+        description="Start the app in a process of its own, run the ready batch, compare decode steps with the base model's, and "
+        "tokens/s with and without an open page in a real browser, which needs playwright and Chromium.",
     )
+    parts = ["app", "steps", "page"]
+    targets.add_argument("--part", nargs="+", choices=parts, default=parts, metavar="PART", help=f"default: {' '.join(parts)}")
     targets.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="per request; default: 48")
     targets.add_argument("--repeats", type=int, default=3, metavar="N", help="of the decode comparison; default: 3")
+    targets.add_argument("--rounds", type=int, default=5, metavar="N", help="with and without an open page; default: 5")
     targets.add_argument("--json", metavar="FILE", help="write a JSONL row per promise")
 
 

@@ -12,7 +12,7 @@ from profiling.sweep_points import Measure, SweepPoint, advantages, by_method, c
 LOSING = "rgba(168, 33, 28, 0.09)"  # the region where the first method is the slower one
 EVEN = "rgba(128, 128, 128, 0.9)"  # the line on which it is neither
 FAINT, ALONE = 0.4, 0.85  # opacity of what was measured before, beside a sweep at hand and without one
-TOP, BOTTOM = 4.0, 0.25  # the crossover chart shows at least from half as good to twice, and no more than this
+TOP, BOTTOM = 4.0, 0.08  # what the crossover chart shows at the most
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def crossing_chart(
     top, bottom = min(TOP, 1.1 * highest), max(BOTTOM, lowest / 1.1)
     layout = chart_layout(title, "rank", f"times {label}'s", _log_ends(drawn_ranks), (math.log10(bottom), math.log10(top)))
     layout["xaxis"] |= _rank_axis(drawn_ranks)
-    ticks = [tick for tick in (0.25, 0.33, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 4) if bottom <= tick <= top]
+    ticks = [tick for tick in (0.1, 0.17, 0.25, 0.33, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 4) if bottom <= tick <= top]
     layout["yaxis"] |= {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": [f"{tick:g}×" for tick in ticks]}
     across = {"xref": "paper", "x0": 0, "x1": 1, "y1": 1}
     layout["shapes"] = [

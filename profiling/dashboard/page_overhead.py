@@ -1,0 +1,124 @@
+"""What an open page with its live charts costs the engine: tokens/s with the page beside tokens/s without, in turns.
+
+The engine, the page's server and the load are one process, as they are for visitors; the browser is a real one, on this machine too.
+Eight requests at a time keep the engine busy throughout. In one half of a round a visitor's own load comes from an open *Live load*
+tab, whose charts move meanwhile; in the other the same load comes without a page. Which half is first changes every round.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from flora.engine import Engine
+from flora.errors import FloraError, RequestError
+from profiling import workload
+from profiling.dashboard import page
+from profiling.dashboard.live_load import MAX_ADAPTERS, Wish
+from profiling.load import Driver
+from profiling.load_runs import sources_of
+from profiling.timing import Ratio, paired_ratio
+from profiling.traffic import EndlessTraffic
+
+CONCURRENCY = 8  # requests that keep the engine busy
+RATE = 0.5  # requests a second of the visitor's own load
+SETTLE_S = 2.0  # before a half counts: charts that move, a batch that is full
+_STARTED = "() => /^[1-9]/.test(document.querySelector('#load-readouts [data-cell=requests]')?.textContent)"
+
+
+def measure(rounds: int, seconds: float) -> Ratio:
+    """tokens/s with an open page over tokens/s without, paired by round, of halves of so many seconds.
+
+    Raises RequestError where there is no playwright or no Chromium, FloraError where the page does not begin to draw.
+    """
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError as error:
+        raise RequestError(
+            "an open page needs playwright: pip install -r requirements-dev.txt, or leave the part page out"
+        ) from error
+    assets = workload.ASSETS
+    engine = Engine.from_pretrained(assets / "models" / "code", workload.discover_adapters(assets / "adapters" / "code"))
+    engines = {"code": engine}
+    demo = page.build(engines)
+    demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **page.launch_options(demo))
+    try:
+        with _busy(engines, demo), sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=_chromium(), args=["--no-sandbox", "--disable-gpu"])
+            halves: dict[bool, list[float]] = {True: [], False: []}  # with a page → tokens/s of each round
+            for place in range(rounds):
+                for with_page in (True, False) if place % 2 else (False, True):
+                    with _open_page(browser, demo.local_url) if with_page else _without_page(demo):
+                        time.sleep(SETTLE_S)
+                        halves[with_page].append(_tokens_per_s(engine, seconds))
+            browser.close()
+    except Error as error:
+        raise FloraError(f"the browser could not show the page: {str(error).splitlines()[0]}") from error
+    finally:
+        demo.close()
+        engine.close(timeout_s=0.0)
+    return paired_ratio(halves[True], halves[False])
+
+
+def _chromium() -> str | None:
+    """The browser to drive: CHROMIUM, one on the PATH, else the one that playwright installed."""
+    names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def _wish() -> Wish:
+    return Wish(rate=RATE, num_adapters=MAX_ADAPTERS)
+
+
+@contextmanager
+def _busy(engines: Mapping[str, Engine], demo: page.Page) -> Iterator[None]:
+    """As many requests at a time as keep the engine busy, until the context is left."""
+    wish = _wish()
+    traffic = EndlessTraffic(wish.traffic(list(engines)), sources_of(engines), demo.loads.adapters(wish))
+    driver = Driver(engines, wish.method, traffic, concurrency=CONCURRENCY, session="everybody else", num_records=100)
+    driver.start()
+    try:
+        yield
+    finally:
+        driver.stop()
+        driver.join(10.0)
+
+
+@contextmanager
+def _open_page(browser: Any, url: str) -> Iterator[None]:
+    """A visitor whose load runs and whose charts move."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    try:
+        shown = context.new_page()
+        shown.goto(url)
+        shown.locator("#chart .main-svg").first.wait_for()
+        shown.get_by_role("tab", name="Live load").click()
+        rate = shown.locator("#load-rate input[type=number]")
+        rate.fill(str(RATE))
+        rate.press("Tab")
+        shown.locator("#load-start").click()
+        shown.wait_for_function(_STARTED)
+        yield
+    finally:
+        context.close()
+
+
+@contextmanager
+def _without_page(demo: page.Page) -> Iterator[None]:
+    """The same visitor's load without anybody who looks."""
+    demo.loads.start("nobody looks", _wish())
+    try:
+        yield
+    finally:
+        demo.loads.forget("nobody looks")
+
+
+def _tokens_per_s(engine: Engine, seconds: float) -> float:
+    """New tokens of everybody's requests in the next seconds."""
+    before, began_s = engine.snapshot().num_tokens, time.perf_counter()
+    time.sleep(seconds)
+    return (engine.snapshot().num_tokens - before) / (time.perf_counter() - began_s)
