@@ -1,6 +1,6 @@
 """What an open page with its live charts costs the engine: tokens/s with the page beside tokens/s without, in turns.
 
-The engine, the page's server and the load are one process, as they are for visitors; the browser is a real one, on this machine too.
+The engine, the page's server and the load are one process, as they are for visitors; the browser is a real one, on this machine.
 Eight requests at a time keep the engine busy throughout. In one half of a round a visitor's own load comes from an open *Live load*
 tab, whose charts move meanwhile; in the other the same load comes without a page. Which half is first changes every round.
 """
