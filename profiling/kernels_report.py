@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from profiling import kernel_figures as figures
@@ -112,7 +113,7 @@ def report_of(profile: TraceProfile) -> Report:
         environment=profile.facts.get("hardware", {"models": {}}),
         command=profile.facts.get("command", OPEN_COMMAND),
         rows=rows_of(profile),
-        left_to_json=frozenset(("kernels", "hardware")),
+        left_to_json=frozenset(("group", "hardware", "plain_ms", "methods")),
     )
 
 
@@ -133,8 +134,7 @@ def _parts(profile: TraceProfile) -> Iterator[Table | TitledChart | Note]:
 
 
 def rows_of(profile: TraceProfile) -> list[dict[str, Any]]:
-    """A flat record per phase and method, with its kernels and all that it was measured on."""
-    shared = {key: value for key, value in profile.facts.items() if key not in ("plain_ms", "methods")}
+    """A record per phase and method: all that was found, and all that it was measured on. `trace.profile_of_rows` reads them."""
     return [
         {
             "method": group.method,
@@ -149,11 +149,10 @@ def rows_of(profile: TraceProfile) -> list[dict[str, Any]]:
             "host_calls": group.host_calls,
             "busy": group.busy,
             "peak_memory_bytes": group.memory and group.memory.peak_bytes,
-            "kernels": [
-                {"name": k.name, "category": k.category, "shapes": k.shapes, "calls": k.calls, "us": k.us, "where": k.where}
-                for k in group.kernels
-            ],
+            "group": asdict(group),
+            "kernels_on": profile.device,
+            "num_events": profile.num_events,
         }
-        | shared
+        | profile.facts
         for group in profile.groups
     ]

@@ -20,6 +20,7 @@ from typing import Any
 
 from profiling.categories import ATTENTION, BMM, CATEGORIES, GEMM, HOST
 from profiling.trace_events import LAYER, Events, Instant, Node, Step, read_events
+from profiling.trace_file import TraceError
 
 MAX_KERNELS = 300  # lines of a group's table; the rest is one line
 MAX_NODES = 220  # of a group's tree
@@ -145,6 +146,18 @@ class TraceProfile:
         return cls(**{**document, "groups": tuple(map(_group_from_dict, document["groups"]))})
 
 
+def profile_of_rows(rows: Sequence[Mapping[str, Any]]) -> TraceProfile:
+    """What `kernels_report.rows_of` made rows of, and somebody recorded. Raises TraceError for rows that make no sense."""
+    try:
+        groups = tuple(_group_from_dict(row["group"]) for row in rows)
+        device, num_events = rows[0]["kernels_on"], int(rows[0]["num_events"])
+        for group in groups:
+            sum(group.step_ms) + sum(group.categories[name] + group.errors[name] for name in CATEGORIES)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise TraceError("the recorded rows are none of `python -m profiling kernels --json`") from error
+    return TraceProfile(device, groups, num_events, _facts_of({"floraLive": dict(rows[0])}))
+
+
 def _group_from_dict(group: Mapping[str, Any]) -> StepGroup:
     def node(tree: Mapping[str, Any]) -> TreeNode:
         return TreeNode(**{**tree, "children": tuple(map(node, tree["children"]))})
@@ -185,7 +198,8 @@ def _facts_of(document: Mapping[str, Any]) -> dict[str, Any]:
     ranks, plain, models = facts["ranks"], facts["plain_ms"], facts["hardware"]["models"]
     sound = all(isinstance(own, list) and all(isinstance(rank, int) for rank in own) for own in ranks.values())
     sound = sound and all(isinstance(ms, int | float) and math.isfinite(ms) for ms in plain.values())
-    return dict(facts) if sound and all(_has(model, {"name": str, "dtype": str}) for model in models.values()) else {}
+    sound = sound and all(_has(model, {"name": str, "dtype": str}) for model in models.values())
+    return {name: facts[name] for name in (*_FACTS, "command") if name in facts} if sound else {}
 
 
 def _has(value: Any, types: Mapping[str, type]) -> bool:

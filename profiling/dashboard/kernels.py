@@ -30,7 +30,8 @@ from profiling.dashboard.downloads import Downloads
 from profiling.dashboard.live_cells import LiveCells, cells_value
 from profiling.dashboard.live_plot import LivePlot
 from profiling.dashboard.measuring import Measurement, Measurements, Measuring
-from profiling.dashboard.results import REPRODUCE_TEMPLATE
+from profiling.dashboard.menus import Menu
+from profiling.dashboard.results import REPRODUCE_TEMPLATE, sentence
 from profiling.dashboard.sortable_table import SortableTable
 from profiling.dashboard.trace_exports import ServedTrace, ServedTraces, TraceExports
 from profiling.events import HowFar
@@ -39,8 +40,9 @@ from profiling.kernels_report import OPEN_COMMAND, label, report_of
 from profiling.load_runs import servable_by
 from profiling.options import weight_words
 from profiling.profile_job import PROFILE, TRACE, JobFailed, OpenJob, RecordJob, do
-from profiling.trace import TraceProfile
-from profiling.trace_file import SUFFIXES
+from profiling.recorded import Recording, recordings
+from profiling.trace import TraceProfile, profile_of_rows
+from profiling.trace_file import SUFFIXES, TraceError
 
 PREFILLS, STEPS, WARMUP = 4, 8, 3
 MOST_ROWS, MOST_METHODS = 32, 4
@@ -73,12 +75,12 @@ class ProfileWish:
 
 @dataclass(frozen=True)
 class Found:
-    """What came of a job. folder: where its files lie, the owner's to remove. source: live, or opened. number: of all in this
-    process."""
+    """A profile that a visitor looks at. folder: where its files lie, the owner's to remove; None for a recorded one, whose trace
+    was not kept. source: live, opened or recorded. number: of all in this process."""
 
     profile: TraceProfile
-    folder: Path
-    trace: ServedTrace
+    folder: Path | None
+    trace: ServedTrace | None
     source: str
     number: int
 
@@ -114,8 +116,9 @@ class ProfileWork:
 class KernelProfiles:
     """What each visitor looks at: the last profile that was recorded or opened, and its files."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
-        self.engines = engines
+    def __init__(self, engines: Mapping[str, Engine], results_folder: Path) -> None:
+        """results_folder: where recorded results are."""
+        self.engines, self._results_folder = engines, results_folder
         self.traces = ServedTraces()
         self.root = tempfile.TemporaryDirectory(prefix="flora-live-")  # of all folders, also of results that nobody fetched
         self._lock = threading.Lock()
@@ -134,6 +137,24 @@ class KernelProfiles:
         else:
             source = "live, on this machine, under torch.profiler"
             trace = self.traces.add(folder / TRACE, "flora-live-trace.json.gz")
+        return self._look_at(session, profile, folder, trace, source)
+
+    def look_at_recorded(self, session: str, name: str) -> Found:
+        """Let a session look at a recording. Raises RequestError where it is not there, or makes no sense."""
+        recording = next((one for one in self.recorded() if one.name == name), None)
+        if recording is None:
+            raise RequestError("this recording is no longer there: choose another")
+        try:
+            profile = profile_of_rows(recording.rows)
+        except TraceError as error:
+            raise RequestError(f"{name}: {error}") from error
+        return self._look_at(session, profile, None, None, f"recorded, not live: {name}")
+
+    def recorded(self) -> list[Recording]:
+        """The profiles among the recorded results."""
+        return recordings(self._results_folder, "kernels").found
+
+    def _look_at(self, session: str, profile: TraceProfile, folder: Path | None, trace: ServedTrace | None, source: str) -> Found:
         with self._lock:
             self._number += 1
             found = Found(profile, folder, trace, source, self._number)
@@ -156,8 +177,9 @@ class KernelProfiles:
         self.root.cleanup()
 
     def _remove(self, found: Found) -> None:
-        self.traces.remove(found.trace)
-        shutil.rmtree(found.folder, ignore_errors=True)
+        if found.folder is not None:
+            self.traces.remove(found.trace)
+            shutil.rmtree(found.folder, ignore_errors=True)
 
     def record(self, session: str, wish: ProfileWish) -> ProfileWork:
         """What profiles the model that serves now. Raises a FloraError that says what cannot be profiled."""
@@ -223,8 +245,8 @@ def _absolute(source: str) -> str:
     return str(Path(source).resolve()) if Path(source.partition("#")[0]).exists() else source
 
 
-def build_kernels_tab(profiles: KernelProfiles, measurements: Measurements) -> None:
-    """Lay out the tab and wire it; call it inside a `gr.Blocks` context."""
+def build_kernels_tab(tab: gr.Tab, profiles: KernelProfiles, measurements: Measurements) -> None:
+    """Lay out the tab and wire it; call it inside `tab`'s context."""
     kinds = list(profiles.engines)
     first = ProfileWish(kinds[0], ("flora", "bmm-lora"), 8, 0, False)
     recording = Measuring(measurements, _RECORD, idle="nothing is profiled")
@@ -290,6 +312,13 @@ def build_kernels_tab(profiles: KernelProfiles, measurements: Measurements) -> N
                 )
                 opening.buttons("Open")
                 opening.status_line()
+            with gr.Column(min_width=280, elem_classes="instrument load-panel", visible=False) as recorded_panel:
+                gr.HTML('<h2 class="panel-title">recorded</h2>', apply_default_css=False)
+                with gr.Row(elem_classes="controls one-control"):
+                    recorded = Menu(
+                        [], label="recorded profiles", show_label=False, min_width=90, elem_id="kernels-recorded", interactive=True
+                    )
+                recorded_words = LiveCells(views.RECORDED_TEMPLATE, elem_id="kernels-recorded-words")
         with gr.Column(scale=8, min_width=300, elem_classes="load-side"):
             with gr.Column(min_width=300, elem_classes="instrument"):
                 phase = gr.Radio(
@@ -365,6 +394,28 @@ def build_kernels_tab(profiles: KernelProfiles, measurements: Measurements) -> N
         part.connect(inputs, start, shown, show)
         part.at_the_end(downloads.buttons, finish)
 
+    def opened() -> list[Any]:
+        """The recordings there are."""
+        choices = [(f"{one.name} · {one.where}", one.name) for one in profiles.recorded()]
+        return [gr.Column(visible=bool(choices)), gr.Dropdown(choices=choices)]
+
+    def look_at_recorded(request: gr.Request, name: str | None) -> list[Any]:
+        try:
+            found = profiles.look_at_recorded(request.session_hash, name or "")
+        except RequestError as error:
+            return [views.recorded_words(sentence(error)), *[gr.skip()] * len(shown)]
+        return [views.recorded_words(""), *_everything(found)]
+
+    def offer(request: gr.Request) -> Iterator[list[Any]]:
+        found = profiles.of(request.session_hash)
+        with downloads.offer(None if found is None else report_of(found.profile)) as files:
+            yield files
+
+    tab.select(opened, None, [recorded_panel, recorded], **_QUIET)
+    recorded.input(look_at_recorded, [recorded], [recorded_words, *shown], **_QUIET).then(
+        offer, None, downloads.buttons, show_progress="hidden", api_visibility="private"
+    )
+
     def redraw(request: gr.Request, chosen: str | None, tree: str | None) -> list[Any]:
         found = profiles.of(request.session_hash)
         if found is None:
@@ -396,7 +447,7 @@ def _everything(found: Found) -> list[Any]:
     switch = gr.Radio(choices=list(profile.phases), value=phase, visible=len(profile.phases) > 1)
     command = cells_value({"command": html.escape(profile.facts.get("command", OPEN_COMMAND))})
     title = f"fLoRA Live: {' and '.join(label(group.method) for group in profile.of(phase))}"
-    export = found.trace.value(title, f"flora-live.{found.number}.pt.trace.json.gz")
+    export = None if found.trace is None else found.trace.value(title, f"flora-live.{found.number}.pt.trace.json.gz")
     return [gr.Column(visible=True), switch, *_of_phase(found, phase, None), command, export]
 
 

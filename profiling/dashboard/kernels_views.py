@@ -123,6 +123,14 @@ def num_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+RECORDED_TEMPLATE = '<p class="load-note" data-cell="words" role="status"></p>'
+
+
+def recorded_words(words: str) -> dict[str, Any]:
+    """Why a recording cannot be shown; empty where it is."""
+    return cells_value({"words": html.escape(words)})
+
+
 # -------------------------------------------------------------------------------------------------------------- charts
 
 

@@ -74,8 +74,8 @@ def build(
     """
     engines, policy = Engines(engines), policy or Policy()
     device, stops, loads, adapters = Device(), StopSignals(), LiveLoads(engines), AdapterDesk(engines)
-    measurements, profiles = Measurements(device), KernelProfiles(engines)
     results = Path(results_folder or workload.ASSETS / "results")
+    measurements, profiles = Measurements(device), KernelProfiles(engines, results)
     engines.when_replaced(loads.replaced)
     models = None if options is None else ModelDesk(engines, device, options)
 
@@ -109,8 +109,8 @@ def build(
                 if engines:
                     with gr.Tab("Live load", id="live-load") as load_tab:
                         followers += build_live_load_tab(loads, line)
-                    with gr.Tab("Kernels", id="kernels"):
-                        build_kernels_tab(profiles, measurements)
+                    with gr.Tab("Kernels", id="kernels") as kernels_tab:
+                        build_kernels_tab(kernels_tab, profiles, measurements)
                     with gr.Tab("Sweep", id="sweep") as sweep_tab:
                         build_sweep_tab(sweep_tab, engines, measurements, results, line)
                     selected.append(load_tab.select)

@@ -17,8 +17,8 @@ from profiling.__main__ import main
 from profiling.categories import GEMM, HOST, OTHER
 from profiling.loading import load_engine
 from profiling.profile_run import batch_of, layer_kinds, layer_ranges, record, require_kernels
-from profiling.trace import read_profile
-from profiling.trace_file import read_trace, write_trace
+from profiling.trace import profile_of_rows, read_profile
+from profiling.trace_file import TraceError, read_trace, write_trace
 
 METHODS = ("flora", "bmm-lora")
 MODEL_OPTIONS = dict.fromkeys(("code_model", "code_adapters", "speech_model", "speech_adapters", "quantize", "llm_int8_threshold"))
@@ -144,7 +144,11 @@ def test_an_opened_trace_is_printed_and_written(tmp_path, capsys):
     assert "fLoRA runs 1 GEMM of 32 rows where bmm-LoRA runs 1 GEMM of 8 rows and 2 bmm" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(row["method"], row["phase"], row["launches"]) for row in rows] == [("flora", "decode", 2), ("bmm-lora", "decode", 3)]
-    assert rows[0]["kernels"][0]["name"] == "aten::mm"
+    assert rows[0]["group"]["kernels"][0]["name"] == "aten::mm"
+    assert profile_of_rows(rows) == read_profile(fake_trace.two_methods().document)
+    for broken in ([], [{}], [{"group": 7}], [rows[0] | {"group": rows[0]["group"] | {"step_ms": ["x"]}}]):
+        with pytest.raises(TraceError, match="the recorded rows"):
+            profile_of_rows(broken)
     page = (tmp_path / "report.html").read_text()
     assert "Where a decode step" in page and "measured elsewhere" in page
     assert "aten::addmm" in (tmp_path / "report.md").read_text()

@@ -15,7 +15,9 @@ from flora.errors import RequestError
 from profiling import __main__ as command_line
 from profiling.dashboard import kernels_views as views
 from profiling.dashboard.kernels import KernelProfiles, ProfileWish, ProfileWork
+from profiling.kernels_report import rows_of
 from profiling.profile_job import PROFILE, TRACE, JobFailed, JobProgress, RecordJob
+from profiling.report import lines_of
 from profiling.trace import read_profile
 from profiling.trace_file import write_trace
 
@@ -24,8 +26,19 @@ HOSTILE = '<img src=x onerror="alert(1)">'
 
 
 @pytest.fixture
-def profiles(engines):
-    profiles = KernelProfiles(engines)
+def results(tmp_path):
+    """A folder with one recording of two methods, and one whose rows make no sense."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    profile = read_profile(fake_trace.two_methods().document | {"floraLive": FACTS})
+    (folder / "kernels_cpu.jsonl").write_text(lines_of(rows_of(profile)))
+    (folder / "broken.jsonl").write_text(json.dumps({"command": "python -m profiling kernels", "group": 7}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def profiles(engines, results):
+    profiles = KernelProfiles(engines, results)
     yield profiles
     profiles.close()
 
@@ -201,8 +214,20 @@ def test_the_page_is_sent_less_than_2_mb(profiles, tmp_path):
     assert len(json.dumps(sent)) < 2_000_000
 
 
-def test_the_temporary_folder_goes_with_the_page(engines):
-    profiles = KernelProfiles(engines)
+def test_a_recording_is_shown_as_one(profiles):
+    assert {one.name for one in profiles.recorded()} == {"kernels_cpu", "broken"}
+    found = profiles.look_at_recorded("a", "kernels_cpu")
+    assert (found.source, found.trace, found.folder) == ("recorded, not live: kernels_cpu", None, None)
+    assert found.profile == read_profile(fake_trace.two_methods().document | {"floraLive": FACTS})
+    assert profiles.of("a") is found
+    profiles.forget("a")
+    for name, words in (("broken", "the recorded rows"), ("../kernels_cpu", "no longer there")):
+        with pytest.raises(RequestError, match=words):
+            profiles.look_at_recorded("a", name)
+
+
+def test_the_temporary_folder_goes_with_the_page(engines, results):
+    profiles = KernelProfiles(engines, results)
     folder = Path(profiles.root.name)
     assert folder.is_dir()
     profiles.close()
