@@ -46,7 +46,8 @@ def explanation() -> str:
         "<p>One layer at a model's true widths, without its weights: random numbers take the same time. Every method serves the "
         "same batch in turn; the table sets each beside the bare layer, float64, and what this machine allows.</p>"
         "<p>The first measurement on a machine takes some ten seconds longer: what its products and its passes over memory take is "
-        "measured once for a dtype, and kept. From that the times are predicted.</p>"
+        "measured once for a dtype, and kept. From that the times are predicted; where they are far off, the machine was busy "
+        "then: <code>python -m profiling oplab --fresh</code> measures it anew.</p>"
     )
 
 
