@@ -11,13 +11,17 @@ from tqdm import tqdm
 
 from flora.errors import RequestError
 from profiling import hardware, report
+from profiling.calibration import machine_costs
 from profiling.events import HowFar
 from profiling.load_command import MAX_WAITING, check_numbers, interruptible, model_words
 from profiling.load_runs import LoadSettings, sources_of
 from profiling.loading import load_engine, set_threads
 from profiling.options import weight_words
+from profiling.report import Note
 from profiling.sweep import Sweep, SweepSettings, rows_from
-from profiling.sweep_points import LATENCY, STEP_TIME, THROUGHPUT
+from profiling.sweep_paper import beside as beside_the_paper
+from profiling.sweep_points import LATENCY, STEP_TIME, THROUGHPUT, measures_of
+from profiling.sweep_predictions import predictable, predictions
 from profiling.sweep_report import report_of
 from profiling.traffic import Lengths, Traffic
 
@@ -53,10 +57,16 @@ def run(options: argparse.Namespace) -> int:
                     show_progress(bar, event)
                 elif options.resume:  # what was measured before an end is kept
                     report.write_text(options.resume, report.lines_of(sweep.rows))
-        result = sweep.result()
+        result, more = sweep.result(), []
+        if predictable(engine, settings) and not result.interrupted:
+            costs = machine_costs(engine.device, engine.dtype)
+            more = [Note(predictions(engine, settings, result.points, costs).sentence())]
+        if result.points:
+            model = result.environment["models"][settings.kind]
+            more.append(Note(beside_the_paper(model, result.environment, measures_of(result.points))))
     finally:
         engine.close(timeout_s=0.0)
-    report.deliver(report_of(result), options)
+    report.deliver(report_of(result, more), options)
     return 130 if result.interrupted else 0
 
 

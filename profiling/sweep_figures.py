@@ -42,7 +42,7 @@ def crossing_chart(
             all_advantages = advantages(own[first], own[method])
             drawn_ranks |= {one.rank for one in all_advantages}
             style = METHOD_STYLES[method]
-            name = f"{style.label} · {source.label}" if source.label else style.label
+            name = _named(style.label, source)
             trace = {
                 "type": "scatter",
                 "mode": "lines+markers",
@@ -74,14 +74,15 @@ def crossing_chart(
     top, bottom = min(TOP, 1.1 * highest), max(BOTTOM, lowest / 1.1)
     layout = chart_layout(title, "rank", f"times {label}'s", _log_ends(drawn_ranks), (math.log10(bottom), math.log10(top)))
     layout["xaxis"] |= _rank_axis(drawn_ranks)
-    ticks = [tick for tick in (0.1, 0.17, 0.25, 0.33, 0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 4) if bottom <= tick <= top]
+    steps = (0.1, 0.17, 0.25, 0.5, 1, 2, 4) if bottom < 0.4 else (0.5, 0.67, 0.8, 1, 1.25, 1.5, 2, 3, 4)
+    ticks = [tick for tick in steps if bottom <= tick <= top]
     layout["yaxis"] |= {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": [f"{tick:g}×" for tick in ticks]}
     across = {"xref": "paper", "x0": 0, "x1": 1, "y1": 1}
     layout["shapes"] = [
         across | {"type": "rect", "y0": bottom, "fillcolor": LOSING, "line": {"width": 0}, "layer": "below"},
         across | {"type": "line", "y0": 1, "line": {"color": EVEN, "width": 1.5}},
     ]
-    words = {"x": 0, "xref": "paper", "xanchor": "left", "xshift": 6, "showarrow": False, "font": {"size": 11}}
+    words = {"x": 1, "xref": "paper", "xanchor": "right", "xshift": -6, "showarrow": False, "font": {"size": 11}}
     layout["annotations"] = [
         words | {"y": math.log10(1), "yanchor": "top", "text": f"{label} loses below this line"},
     ]
@@ -102,7 +103,7 @@ def by_rank(points: Sequence[SweepPoint], measure: Measure, ranks: Sequence[int]
     for source in (*beside, Beside("", points)):
         for method, own in by_method(source.points, measure).items():
             style, measured = METHOD_STYLES[method], [point for point in own if point.value]
-            name = f"{style.label} · {source.label}" if source.label else style.label
+            name = _named(style.label, source)
             traces.append(_line(_plain(name), method, measured, unit, faint if source.label else None))
             drawn_ranks |= {point.rank for point in measured}
             values += [max(point.range or (point.value,)) for point in measured]
@@ -138,6 +139,7 @@ def _line(name: str, method: str, measured: Sequence[SweepPoint], unit: str, fai
         "text": [" (over-saturated)" if point.saturation else "" for point in measured],
         "hovertemplate": f"rank %{{x}}: %{{y:.4g}} {unit}%{{text}}<extra>{name}</extra>",
         "opacity": faint or 1,
+        "showlegend": faint is None,  # its look says which method it is
     }
     if not faint and any(point.range for point in measured):
         ranges = [point.range or (point.value, point.value) for point in measured]
@@ -151,6 +153,11 @@ def _line(name: str, method: str, measured: Sequence[SweepPoint], unit: str, fai
             "width": 3,
         }
     return trace
+
+
+def _named(label: str, source: Beside) -> str:
+    """A method's line of a source, short enough for a legend: what is in brackets stands in the menu."""
+    return f"{label} · {source.label.partition(' (')[0]}" if source.label else label
 
 
 def _ends(found: Sequence) -> str:

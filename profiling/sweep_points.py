@@ -37,7 +37,7 @@ class Measure:
         return {
             STEP_TIME: "Decode step",
             THROUGHPUT: "Throughput",
-            LATENCY: f"Latency at {self.rate or 0:g} requests/s",
+            LATENCY: f"Latency at {self.rate:g} requests/s" if self.rate else "Latency",
         }[self.name]
 
 

@@ -165,4 +165,7 @@ class ServingEngine:
 
 def adapters(*tags, families=("flora", "lora"), rank=4):
     """What an engine says of its adapters."""
-    return {tag: SimpleNamespace(families=families, ranks=dict.fromkeys(families, rank), sources=()) for tag in tags}
+    return {
+        tag: SimpleNamespace(families=families, ranks=dict.fromkeys(families, rank), sources=(), any_base_model=False)
+        for tag in tags
+    }

@@ -23,11 +23,13 @@ from flora.engine import Engine, Request
 from flora.errors import DeadlineError, FloraError, RequestError
 from flora.names import public_name
 from flora.ops import FAMILY, METHODS
-from profiling import workload
+from profiling import hardware, workload
 from profiling.dashboard import live_load_views as views
 from profiling.dashboard.compare import check_prompt_length
 from profiling.dashboard.device import SERVER_ERROR, StopSignals
+from profiling.dashboard.downloads import Downloads
 from profiling.dashboard.live_cells import LiveCells, cells_value
+from profiling.dashboard.live_load_report import report_of
 from profiling.dashboard.live_plot import LivePlot
 from profiling.dashboard.menus import NO_ADAPTER, Follower, Menu, adapter_choices
 from profiling.dashboard.own_request import DEADLINE_S, MAX_AT_ONCE, OwnRequest
@@ -54,6 +56,7 @@ NUM_RECORDS = 2000  # of the last requests, for goodput
 REPRODUCED_S = 60.0  # how long the command's run takes
 MARK_APART_S = 1.5  # what changes sooner is one change: a slider on its way
 _CHART_PX = 176
+_END_S = 0.1
 _QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 _load_numbers = itertools.count(1)
@@ -408,11 +411,13 @@ def build_live_load_tab(loads: LiveLoads, device_line: Callable[[], str]) -> lis
         reproduce = LiveCells(
             REPRODUCE_TEMPLATE, cells_value({"command": html.escape(loads.command(first))}), elem_id="load-reproduce"
         )
+        downloads = Downloads("load")
     timer = gr.Timer(UPDATE_S, active=False)
+    end_timer = gr.Timer(_END_S, active=False)  # ticks once when a load has ended
 
     controls = [method, rate, popularity, num_adapters, prompt_tokens, new_tokens, speech, ttft_limit, tpot_limit]
     assert len(controls) == len(fields(Wish))
-    moving = [status, readouts, *charts, timer, start, stop]
+    moving = [status, readouts, *charts, timer, start, stop, end_timer]
 
     def wish_of(values: Sequence[Any]) -> Wish:
         return Wish(*values)
@@ -445,13 +450,13 @@ def build_live_load_tab(loads: LiveLoads, device_line: Callable[[], str]) -> lis
         if load is None:  # nothing of this page's is known here: the server was started anew
             gone = plain_status("failed", "The server no longer knows this load: press Start again.")
             buttons = [gr.Timer(active=False), gr.Button(interactive=True), gr.Button(interactive=False)]
-            return [gone, *[gr.skip()] * (1 + len(charts)), *buttons]
+            return [gone, *[gr.skip()] * (1 + len(charts)), *buttons, gr.skip()]
         moment = load.moment(loads.num_running)
         ended = moment.state != "running"
         figures = views.charts(moment, load.look)
-        buttons = [gr.skip()] * 3
+        buttons = [gr.skip()] * 4
         if ended:
-            buttons = [gr.Timer(active=False), gr.Button(interactive=True), gr.Button(interactive=False)]
+            buttons = [gr.Timer(active=False), gr.Button(interactive=True), gr.Button(interactive=False), gr.Timer(active=True)]
         return [views.status(moment), views.readouts(moment, facts()), *(figures[name] for name in views.CHARTS), *buttons]
 
     def adjust(request: gr.Request, *values: Any) -> list[Any]:
@@ -466,6 +471,20 @@ def build_live_load_tab(loads: LiveLoads, device_line: Callable[[], str]) -> lis
             return [gr.skip(), gr.skip(), notice(SERVER_ERROR)]
         return [cells_value({"command": html.escape(command)}), views.note(loads.adapters(wish)), notice("")]
 
+    def offer(request: gr.Request) -> Iterator[list[Any]]:
+        """The report of a load that has ended."""
+        load = loads.of(request.session_hash)
+        found = None
+        if load is not None:
+            try:
+                used = {kind: engines[kind] for kind in load.wish.mix(list(engines))}
+                moment = load.moment(loads.num_running)
+                found = report_of(moment, loads.command(load.wish), hardware.environment(used))
+            except FloraError:  # what it was sent to is not here any more: there is no line that repeats it
+                logger.info("a live load's model or adapters have gone: no report is offered")
+        with downloads.offer(found) as files:
+            yield [gr.Timer(active=False), *files]
+
     def end(request: gr.Request):
         loads.stop(request.session_hash)
         return gr.Button(interactive=False)
@@ -476,6 +495,7 @@ def build_live_load_tab(loads: LiveLoads, device_line: Callable[[], str]) -> lis
     begun.failure(could_not_begin, None, [status, start], **_QUIET)
     stop.click(end, None, [stop], **_QUIET)
     timer.tick(tick, None, moving, **_QUIET)
+    end_timer.tick(offer, None, [end_timer, *downloads.buttons], show_progress="hidden", api_visibility="private")
     gr.on(
         [control.change for control in controls],
         adjust,

@@ -1,6 +1,7 @@
 """What an open page with its live charts costs the engine: tokens/s with the page beside tokens/s without, in turns.
 
-The engine, the page's server and the load are one process, as they are for visitors; the browser is a real one, on this machine.
+The engine, the page's server and the load are one process, as they are for visitors. The browser is a real one, on this machine but
+at the lowest priority (`nice`): a visitor's draws the charts on a machine of its own, and what it costs to draw them is not asked.
 Eight requests at a time keep the engine busy throughout. In one half of a round a visitor's own load comes from an open *Live load*
 tab, whose charts move meanwhile; in the other the same load comes without a page. Which half is first changes every round.
 """
@@ -8,10 +9,13 @@ tab, whose charts move meanwhile; in the other the same load comes without a pag
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from flora.engine import Engine
@@ -47,8 +51,9 @@ def measure(rounds: int, seconds: float) -> Ratio:
     demo = page.build(engines)
     demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **page.launch_options(demo))
     try:
-        with _busy(engines, demo), sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=_chromium(), args=["--no-sandbox", "--disable-gpu"])
+        with _busy(engines, demo), sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
+            polite = _polite(_chromium() or playwright.chromium.executable_path, Path(folder))
+            browser = playwright.chromium.launch(executable_path=polite, args=["--no-sandbox", "--disable-gpu"])
             halves: dict[bool, list[float]] = {True: [], False: []}  # with a page → tokens/s of each round
             for place in range(rounds):
                 for with_page in (True, False) if place % 2 else (False, True):
@@ -68,6 +73,14 @@ def _chromium() -> str | None:
     """The browser to drive: CHROMIUM, one on the PATH, else the one that playwright installed."""
     names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
     return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def _polite(chromium: str, folder: Path) -> Path:
+    """A program that starts the browser at the lowest priority."""
+    program = folder / "chromium"
+    program.write_text(f'#!/bin/sh\nexec nice -n 19 {shlex.quote(chromium)} "$@"\n', encoding="utf-8")
+    program.chmod(0o700)
+    return program
 
 
 def _wish() -> Wish:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ import gradio as gr
 from flora.engine import Engine
 from flora.errors import RequestError
 from flora.ops import METHODS
+from profiling.calibration import costs_in_steps
+from profiling.cost_model import MachineCosts
 from profiling.dashboard import sweep_views as views
 from profiling.dashboard.device import GIVE_WAY
 from profiling.dashboard.downloads import Downloads
@@ -23,13 +25,16 @@ from profiling.dashboard.live_plot import LivePlot
 from profiling.dashboard.measuring import Measurement, Measurements, Measuring
 from profiling.dashboard.menus import MultiMenu
 from profiling.dashboard.results import REPRODUCE_TEMPLATE
+from profiling.events import HowFar
 from profiling.figures import METHOD_STYLES
 from profiling.load_command import options_of
 from profiling.load_runs import LoadSettings, sources_of
+from profiling.report import Note, Report
 from profiling.sweep import Measured, Sweep, SweepResult, SweepSettings
 from profiling.sweep_command import command_line
 from profiling.sweep_figures import Beside
 from profiling.sweep_points import MEASURES, STEP_TIME, THROUGHPUT, SweepPoint
+from profiling.sweep_predictions import Predictions, predictable, predictions
 from profiling.sweep_report import report_of
 from profiling.traffic import POPULARITIES, Lengths, Traffic
 
@@ -107,6 +112,7 @@ class SweepWork:
         self.rows: tuple[dict, ...] = ()
         self.points: tuple[SweepPoint, ...] = ()
         self.result: SweepResult | None = None
+        self.predicted = ""
         self._engines, self._kept = engines, kept
 
     def command(self) -> str:
@@ -134,12 +140,41 @@ class SweepWork:
                     yield GIVE_WAY
                 else:
                     yield event
-            yield sweep.result()
+            result = sweep.result()
+            yield result
+            if predictable(own, self.settings) and not should_stop():
+                steps = costs_in_steps(own.device, own.dtype)
+                costs = yield from _calibrating(steps, should_stop)
+                if costs is not None:
+                    yield predictions(own, self.settings, result.points, costs)
         finally:
             own.close(timeout_s=0.0)
 
-    def take(self, event: SweepResult) -> None:
-        self.result, self.rows, self.points = event, event.rows, event.points
+    def take(self, event: SweepResult | Predictions) -> None:
+        if isinstance(event, Predictions):
+            self.predicted = event.sentence()
+        else:
+            self.result, self.rows, self.points = event, event.rows, event.points
+
+    def report(self) -> Report | None:
+        """On paper; None where nothing was measured."""
+        if self.result is None or not self.rows:
+            return None
+        return report_of(self.result, [Note(words) for words in (self.predicted, views.paper(self.rows, self.points)) if words])
+
+
+def _calibrating(
+    steps: Generator[float, None, MachineCosts], should_stop: Callable[[], bool]
+) -> Generator[Any, None, MachineCosts | None]:
+    """What stages cost on this machine, measured or known; None where it was stopped."""
+    while not should_stop():
+        try:
+            share = next(steps)
+        except StopIteration as end:
+            return end.value
+        yield HowFar("measuring what this machine allows, once", share)
+        yield GIVE_WAY
+    return None
 
 
 def build_sweep_tab(
@@ -207,15 +242,16 @@ def build_sweep_tab(
         with gr.Column(scale=8, min_width=300, elem_classes="instrument"):
             measuring.status_line()
             top = LiveCells(views.HEADLINE_TEMPLATE, views.said((), (), (), device_line()), elem_id="sweep-headline")
-            beside = MultiMenu(
-                multiselect=True,
-                choices=[],
-                value=[],
-                label="compare with",
-                elem_id="sweep-beside",
-                elem_classes="sweep-beside",
-                interactive=True,
-            )
+            with gr.Row(elem_classes="controls one-control"):
+                beside = MultiMenu(
+                    multiselect=True,
+                    choices=[],
+                    value=[],
+                    label="compare with",
+                    elem_id="sweep-beside",
+                    elem_classes="sweep-beside",
+                    interactive=True,
+                )
             blank = views.charts((), first.ranks, "flora", (), 0)
             crossing = LivePlot(blank[0], file_name="flora-live-crossover.csv", height_px=CROSSING_PX, elem_id="sweep-crossing")
             with gr.Column(elem_classes="load-charts sweep-charts"):
@@ -254,7 +290,7 @@ def build_sweep_tab(
         return [
             views.said(rows, points, drawn_beside, facts),
             *views.charts(points, wanted, work.settings.load.methods[0] if work else "flora", drawn_beside, number),
-            views.details(rows, points),
+            views.details(rows, points, work.predicted if work else ""),
             command,
         ]
 
@@ -287,8 +323,7 @@ def build_sweep_tab(
         return [gr.Dropdown(choices=labels, value=chosen), *drawn(session, measurement, chosen)]
 
     def finish(measurement: Measurement) -> AbstractContextManager[list[Any]]:
-        result = measurement.work.result
-        return downloads.offer(report_of(result) if result is not None and result.rows else None)
+        return downloads.offer(measurement.work.report())
 
     measuring.connect(controls, begin, shown, show, [beside])
     measuring.at_the_end(downloads.buttons, finish)

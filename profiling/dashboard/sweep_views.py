@@ -24,7 +24,8 @@ HEADLINE_TEMPLATE = (
     '<div class="sweep-facts" data-cell="facts"></div>'
 )
 DETAILS_TEMPLATE = (
-    '<div class="wide" data-cell="table"></div><div class="sweep-facts" data-cell="paper"></div>'
+    '<div class="wide" data-cell="table"></div><div class="sweep-facts" data-cell="predicted"></div>'
+    '<div class="sweep-facts" data-cell="paper"></div>'
     '<div class="sweep-facts" data-cell="note"></div>'
 )
 
@@ -67,17 +68,22 @@ def said(rows: Sequence[Mapping[str, Any]], points: Sequence[SweepPoint], beside
     return cells_value({"headline": "Press Sweep: where does fLoRA stop winning on this machine?", "facts": html.escape(facts)})
 
 
-def details(rows: Sequence[Mapping[str, Any]], points: Sequence[SweepPoint]) -> dict[str, Any]:
-    """The numbers as a table, the paper's beside them, and how they were measured."""
+def paper(rows: Sequence[Mapping[str, Any]], points: Sequence[SweepPoint]) -> str:
+    """The paper's figures beside these, or why they are not."""
+    setting = rows[0]["setting"]
+    return beside_the_paper(setting["model"], setting["hardware"], measures_of(points))
+
+
+def details(rows: Sequence[Mapping[str, Any]], points: Sequence[SweepPoint], predicted: str = "") -> dict[str, Any]:
+    """The numbers as a table, what was predicted and what the paper has beside them, and how they were measured."""
     if not points:
-        return cells_value({"table": "", "paper": "", "note": html.escape(NOTE)})
+        return cells_value({"table": "", "predicted": "", "paper": "", "note": html.escape(NOTE)})
     heads, lines = table(points)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in heads)
-    setting = rows[0]["setting"]
-    paper = beside_the_paper(setting["model"], setting["hardware"], measures_of(points))
     shown = f'<table class="figures sweep-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return cells_value({"table": shown, "paper": html.escape(paper), "note": html.escape(NOTE)})
+    words = {"predicted": predicted, "paper": paper(rows, points), "note": NOTE}
+    return cells_value({"table": shown} | {name: html.escape(text) for name, text in words.items()})
 
 
 def charts(
@@ -99,7 +105,7 @@ def charts(
 
 def _value(chart: Chart, revision: str, title: str) -> dict[str, Any]:
     layout = {key: value for key, value in chart.figure["layout"].items() if key not in ("height", "font")}
-    layout |= {"uirevision": revision, "margin": {"l": 52, "r": 12, "t": 44, "b": 38}}
+    layout |= {"uirevision": revision, "margin": {"l": 60, "r": 12, "t": 44, "b": 38}}
     layout["legend"] = layout["legend"] | {"font": {"size": 10}}
     if title != "crossing":
         layout["title"] = {"text": title, "x": 0, "xanchor": "left", "yref": "container", "y": 0.985, "font": {"size": 11}}

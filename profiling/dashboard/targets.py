@@ -162,7 +162,7 @@ def decode_steps(max_new_tokens: int, repeats: int) -> list[Kept]:
 
 
 def page_overhead(rounds: int) -> list[Kept]:
-    """The share of tokens/s that an open page with moving charts costs the engine; its interval too, whose end is no promise."""
+    """The share of tokens/s that an open page with moving charts costs the engine; the promise is for the median."""
     ratio = open_page.measure(rounds, HALF_S)
     lost, least, most = (100 * (1 - part) for part in (ratio.median, ratio.high, ratio.low))
     what = f"tokens/s lost to an open page with live charts [{least:.1f}, {most:.1f}], {ratio.n} rounds"

@@ -15,7 +15,8 @@ from fake_serving import ServingEngine, adapters
 
 from flora.errors import BusyError, FloraError, RequestError
 from profiling import __main__ as command_line
-from profiling.dashboard import live_load, live_load_views, own_request
+from profiling import report
+from profiling.dashboard import live_load, live_load_report, live_load_views, own_request
 from profiling.dashboard.live_load import LiveLoads, Wish
 from profiling.dashboard.live_load_views import CHARTS, Look, Mark, Moment
 from profiling.dashboard.status import notice
@@ -470,3 +471,14 @@ def test_what_is_written_has_a_place(template):
         "OWN_TEMPLATE": live_load_views.own_words("failed", "no", keep_answer=False),
     }[template]
     assert {*value["cells"], *value["classes"], *value["attributes"]} <= cells
+
+
+def test_a_load_that_has_ended_is_a_report_in_every_format():
+    marks = [Mark(0.0, "", "flora"), Mark(2.0, HOSTILE, "bmm-lora")]
+    seen = moment([sample(second, tokens=100.0 + second) for second in range(5)], marks=marks, state="stopped")
+    found = live_load_report.report_of(seen, "python -m profiling load", {"torch": "2.0", "models": {}})
+    assert [line[:3] for line in found.parts[0].lines] == [["fLoRA", "2", "100"], ["bmm-LoRA", "3", "103"]]
+    assert len(found.rows) == 5 and all(row["hardware"] == {"torch": "2.0"} and row["command"] for row in found.rows)
+    for suffix in (".html", ".md", ".csv", ".jsonl"):
+        assert report.render(found, f"load{suffix}")
+    assert live_load_report.report_of(moment([]), "c", {"models": {}}) is None
