@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from profiling.categories import ATTENTION, BMM, CATEGORIES, COPIES, ELEMENTWISE, GEMM, HOST, INDEXING, NORMALISATION, OTHER
 from profiling.figures import GRID_COLOUR, METHOD_STYLES, Chart, chart_layout
-from profiling.trace import StepGroup, TreeNode
 from profiling.trace_diff import TraceDiff
+from profiling.trace_profile import StepGroup, TreeNode
 
 CATEGORY_COLOURS = {
     GEMM: "#5b7fb5",

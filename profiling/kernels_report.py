@@ -10,8 +10,8 @@ from profiling import kernel_figures as figures
 from profiling.categories import CATEGORIES
 from profiling.figures import METHOD_STYLES
 from profiling.report import Note, Report, Table, TitledChart
-from profiling.trace import StepGroup, TraceProfile
 from profiling.trace_diff import diff, sentence
+from profiling.trace_profile import StepGroup, TraceProfile
 
 _LINES = 25  # kernels of a group on a page; the rows have them all
 OPEN_COMMAND = "python -m profiling kernels --open TRACE.json.gz"
@@ -134,7 +134,7 @@ def _parts(profile: TraceProfile) -> Iterator[Table | TitledChart | Note]:
 
 
 def rows_of(profile: TraceProfile) -> list[dict[str, Any]]:
-    """A record per phase and method: all that was found, and all that it was measured on. `trace.profile_of_rows` reads them."""
+    """A record per phase and method: all that was found, and all that it was measured on. `profile_of_rows` reads them."""
     return [
         {
             "method": group.method,

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from profiling.categories import BMM, CATEGORIES, GEMM, HOST
-from profiling.trace import Kernel, StepGroup
+from profiling.trace_profile import Kernel, StepGroup
 
 _SAME_CALLS = 0.01  # per step: means over steps need not be equal to the last digit
 

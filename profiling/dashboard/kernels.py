@@ -41,8 +41,8 @@ from profiling.load_runs import servable_by
 from profiling.options import weight_words
 from profiling.profile_job import PROFILE, TRACE, JobFailed, OpenJob, RecordJob, do
 from profiling.recorded import Recording, recordings
-from profiling.trace import TraceProfile, profile_of_rows
 from profiling.trace_file import SUFFIXES, TraceError
+from profiling.trace_profile import TraceProfile, profile_of_rows
 
 PREFILLS, STEPS, WARMUP = 4, 8, 3
 MOST_ROWS, MOST_METHODS = 32, 4

@@ -13,8 +13,8 @@ from profiling.dashboard.live_plot import plot_value
 from profiling.dashboard.sortable_table import Column, table_value
 from profiling.figures import METHOD_STYLES, Chart
 from profiling.kernels_report import conditions, label, note
-from profiling.trace import StepGroup, TraceProfile
 from profiling.trace_diff import Change, TraceDiff, diff, sentence
+from profiling.trace_profile import StepGroup, TraceProfile
 
 CHARTS = ("breakdown", "gains", "timeline", "tree")
 _NOTHING = "–"

@@ -17,8 +17,9 @@ from profiling.__main__ import main
 from profiling.categories import GEMM, HOST, OTHER
 from profiling.loading import load_engine
 from profiling.profile_run import batch_of, layer_kinds, layer_ranges, record, require_kernels
-from profiling.trace import profile_of_rows, read_profile
+from profiling.trace import read_profile
 from profiling.trace_file import TraceError, read_trace, write_trace
+from profiling.trace_profile import profile_of_rows
 
 METHODS = ("flora", "bmm-lora")
 MODEL_OPTIONS = dict.fromkeys(("code_model", "code_adapters", "speech_model", "speech_adapters", "quantize", "llm_int8_threshold"))

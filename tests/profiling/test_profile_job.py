@@ -15,8 +15,8 @@ import pytest
 
 from profiling import profile_job
 from profiling.profile_job import PROFILE, JobFailed, OpenJob, do
-from profiling.trace import TraceProfile
 from profiling.trace_file import write_trace
+from profiling.trace_profile import TraceProfile
 
 
 @pytest.fixture

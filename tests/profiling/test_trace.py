@@ -24,9 +24,10 @@ from profiling.categories import (
     category_of_kernel,
     category_of_op,
 )
-from profiling.trace import TraceProfile, read_profile
+from profiling.trace import read_profile
 from profiling.trace_diff import diff, sentence
 from profiling.trace_file import TraceError, read_trace, write_tensorboard_run, write_trace
+from profiling.trace_profile import TraceProfile
 
 
 @pytest.fixture
