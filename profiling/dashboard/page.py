@@ -22,7 +22,8 @@ from profiling.dashboard.api import add_endpoints
 from profiling.dashboard.compare import build_compare_tab
 from profiling.dashboard.device import Device, StopSignals
 from profiling.dashboard.engines import Engines
-from profiling.dashboard.kernels import KernelProfiles, build_kernels_tab
+from profiling.dashboard.kernel_profiles import KernelProfiles
+from profiling.dashboard.kernels import build_kernels_tab
 from profiling.dashboard.live_load import LiveLoads, build_live_load_tab
 from profiling.dashboard.live_plot import plotly_route
 from profiling.dashboard.measuring import Measurements

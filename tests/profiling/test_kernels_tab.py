@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from flora.errors import RequestError
 from profiling import __main__ as command_line
 from profiling.dashboard import kernels_views as views
-from profiling.dashboard.kernels import KernelProfiles, ProfileWish, ProfileWork
+from profiling.dashboard.kernel_profiles import KernelProfiles, ProfileWish, ProfileWork
 from profiling.kernels_report import rows_of
 from profiling.profile_job import PROFILE, TRACE, JobFailed, JobProgress, RecordJob
 from profiling.report import lines_of
@@ -56,7 +56,7 @@ def jobs(monkeypatch):
         if isinstance(job, RecordJob):
             write_trace(folder / TRACE, document)
 
-    monkeypatch.setattr("profiling.dashboard.kernels.do", do)
+    monkeypatch.setattr("profiling.dashboard.kernel_profiles.do", do)
     return seen
 
 
@@ -132,7 +132,7 @@ def test_a_job_that_was_stopped_or_failed_leaves_nothing(profiles, jobs, monkeyp
         raise JobFailed("the device has no room")
         yield
 
-    monkeypatch.setattr("profiling.dashboard.kernels.do", fail)
+    monkeypatch.setattr("profiling.dashboard.kernel_profiles.do", fail)
     with pytest.raises(RequestError, match="the device has no room"):
         run(profiles.record("a", ProfileWish("code", METHODS, 4, 0, False)))
     assert profiles.of("a") is None and not list(Path(profiles.root.name).iterdir())
