@@ -143,12 +143,12 @@ _CATEGORY_WORDS = {
 
 def _products(products: Products) -> str:
     """Such as "20 GEMMs of 32 rows, 1 other and 40 bmm"."""
-    if not products.gemms:
-        return f"{products.bmms:.3g} bmm" if products.bmms else "no matrix product"
-    if products.rows is None:
-        words = f"{products.gemms:.4g} GEMMs"
-    else:
+    parts = []
+    if products.rows is not None:
         rest = products.gemms - products.gemms_of_rows
-        words = f"{products.gemms_of_rows:.4g} GEMM{'s' if products.gemms_of_rows != 1 else ''} of {products.rows} rows"
-        words += f", {rest:.4g} other{'s' if rest > 1.01 else ''}" if rest > _SAME_CALLS else ""
-    return f"{words} and {products.bmms:.4g} bmm" if products.bmms else words
+        parts.append(f"{products.gemms_of_rows:.4g} GEMM{'s' if products.gemms_of_rows != 1 else ''} of {products.rows} rows")
+        parts += [f"{rest:.4g} other{'s' if rest > 1.01 else ''}"] if rest > _SAME_CALLS else []
+    elif products.gemms:
+        parts.append(f"{products.gemms:.4g} GEMMs")
+    parts += [f"{products.bmms:.4g} bmm"] if products.bmms else []
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])) or "no matrix product"
