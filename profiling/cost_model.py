@@ -6,6 +6,9 @@ number: a product of one row runs at a small part of the rate of one of a thousa
 several times the memory's bandwidth. So `profiling.calibration` measures every kind of stage over a few sizes, once for a machine,
 and `Table` reads the sizes between them off. No shape of a real model is among the measured ones.
 
+The stages are those of PyTorch's own products. Where `flora.kernels` serves a method, on a GPU, one launch does what is counted
+here as several, and the prediction is too high.
+
 The paper's own model, Eq. 7, has two numbers, c1 and c2 (`coefficients`). Both models are held against measurements by
 `python -m profiling oplab --grid`.
 """
