@@ -87,7 +87,7 @@ def crossing_chart(
         words | {"y": math.log10(1), "yanchor": "top", "text": f"{label} loses below this line"},
     ]
     if not found:
-        return Chart({"data": traces, "layout": layout}, f"{title}: nothing to compare yet.")
+        return Chart({"data": traces, "layout": layout}, f"{title}: nothing to compare yet{_only(beside)}.")
     sentence = (
         f"What each method needs beside {label}, {what} as times, by rank: {'; '.join(found)}; in the shaded region {label} loses"
     )
@@ -114,7 +114,7 @@ def by_rank(points: Sequence[SweepPoint], measure: Measure, ranks: Sequence[int]
     layout["xaxis"] |= _rank_axis(drawn_ranks)
     layout["height"] = 360
     if not found:
-        return Chart({"data": traces, "layout": layout}, f"{title}: nothing measured yet.")
+        return Chart({"data": traces, "layout": layout}, f"{title}: nothing measured yet{_only(beside)}.")
     saturated = any(point.saturation for point in points if point.measure == measure)
     hollow = "; hollow marks are over-saturated, and grow with the length of the run" if saturated else ""
     return Chart({"data": traces, "layout": layout}, f"{title}, in {unit}: {'; '.join(found)}; {direction}{hollow}.")
@@ -153,6 +153,10 @@ def _line(name: str, method: str, measured: Sequence[SweepPoint], unit: str, fai
             "width": 3,
         }
     return trace
+
+
+def _only(beside: Sequence[Beside]) -> str:
+    return "; what is drawn was measured before" if beside else ""
 
 
 def _named(label: str, source: Beside) -> str:

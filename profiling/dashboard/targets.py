@@ -28,6 +28,7 @@ from profiling import hardware, report, workload
 from profiling.compare import compare
 from profiling.dashboard import page_overhead as open_page
 from profiling.events import Finished
+from profiling.loading import set_threads
 
 PROMISES = {"first page": 15.0, "ready batch": 15.0, "peak memory": 2000.0}
 UNITS = {"first page": "s", "ready batch": "s", "peak memory": "MB"}
@@ -173,6 +174,7 @@ def run(options: argparse.Namespace) -> int:
     """What `python -m profiling targets` does. 1 where a promise is broken. Raises a FloraError for bad input."""
     if options.max_new_tokens < 2 or options.repeats < 1 or options.rounds < 1:
         raise RequestError("--max-new-tokens must be at least 2, --repeats and --rounds at least 1")
+    set_threads(options.threads)
     facts = hardware.environment()
     print(hardware.summary(facts), end="\n\n")
     parts = {

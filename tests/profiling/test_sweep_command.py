@@ -6,6 +6,7 @@ import shlex
 import signal
 
 import pytest
+from fake_costs import fake_costs
 
 from profiling import sweep_command
 from profiling.__main__ import main
@@ -16,6 +17,7 @@ from profiling.sweep_points import MEASURES
 def arguments(model_folders, monkeypatch):
     """A short sweep of the small code model."""
     monkeypatch.chdir(model_folders["code"][0].parent)
+    monkeypatch.setattr(sweep_command, "machine_costs", lambda device, dtype: fake_costs())
     words = ["sweep", "--code-model", model_folders["code"][0].name, "--speech-model", model_folders["speech"][0].name]
     words += ["--ranks", "3", "1", "--rate", "100", "--requests", "6", "--new-tokens", "2", "--warmup", "1", "--threads", "1"]
     return [*words, "--adapters", "2", "--max-batch-size", "2", "--steps", "3"]
@@ -32,6 +34,7 @@ def test_it_prints_and_writes_what_was_measured(arguments, capsys, tmp_path, kin
     assert main([*arguments, *options]) == 0
     printed = capsys.readouterr().out
     said = ["s/token at 100/s", "step ms", "2 random adapters of each rank", "Throughput: fLoRA's is", "Decode step: fLoRA's is"]
+    said += ["Eq. 7, with c1 = "] if kind == "code" else []
     for words in said:
         assert words in printed, words
     rows = rows_of(files["jsonl"])

@@ -6,17 +6,19 @@ import time
 from dataclasses import replace
 
 import pytest
+from fake_costs import fake_costs
 
 from flora.errors import RequestError
 from profiling import report, workload
+from profiling.cost_model import LayerShape, predict_model
 from profiling.dashboard import sweep_views as views
 from profiling.dashboard.device import Device
 from profiling.dashboard.measuring import Measurement
 from profiling.dashboard.sweep import SweepWork, Wish
 from profiling.sweep_figures import Beside
 from profiling.sweep_paper import beside as beside_the_paper
-from profiling.sweep_points import STEP_TIME, THROUGHPUT, Measure
-from profiling.sweep_predictions import Predictions
+from profiling.sweep_points import STEP_TIME, THROUGHPUT, Measure, SweepPoint
+from profiling.sweep_predictions import Predictions, predictable, predictions
 
 WISH = Wish("code", ranks=(2, 1), measures=(STEP_TIME,), batch=2, new_tokens=4, popularity="uniform")
 
@@ -117,6 +119,23 @@ def test_the_papers_figures_stand_beside_where_the_set_up_is_its_own():
     said = beside_the_paper(model | {"dtype": "float32", "weights": "random"}, {"device_name": "A CPU"}, [Measure("latency", 8.0)])
     assert "2, right" in said and "Not the same here: A CPU instead of an H100, float32 instead of float16, random weights." in said
     assert "measured nothing that compares" in beside_the_paper({"name": "code"}, {}, [Measure(STEP_TIME)])
+
+
+def test_a_step_is_predicted_from_the_base_models_and_what_the_layers_take_more(engines):
+    costs, settings = fake_costs(), replace(WISH, popularity="distinct").settings()
+    own = engines["code"].beside(2, adapter_slots=2)
+    try:
+        assert predictable(own, settings) and not predictable(own, WISH.settings())
+        layers = [(layer.in_features, layer.out_features) for layer in own.bank.layers.values()]
+        shape = LayerShape(*layers[0], rows=2, length=1, rank=4, adapters=2)
+        more = predict_model("flora", layers, shape, costs) - predict_model("base", layers, shape, costs)
+        steps = {"base": 0.01, "flora": (0.01 + more) / 1.25}
+        points = [SweepPoint(Measure(STEP_TIME), 4, method, 1000 * seconds) for method, seconds in steps.items()]
+        found = predictions(own, settings, points, costs)
+        assert found.errors == pytest.approx((0.25,)) and predictions(own, settings, points[1:], costs).errors == ()
+        assert found.c1 > 0 and found.c2 > 0 and found.eq7_crossover > 1
+    finally:
+        own.close()
 
 
 def test_predictions_in_words():
