@@ -59,6 +59,8 @@ def _settings(options: argparse.Namespace) -> list[Setting]:
         raise RequestError(f"--dtype takes {', '.join(DTYPES)}, not {options.dtype!r}")
     if not options.seconds > 0 or options.seconds == float("inf"):
         raise RequestError(f"--seconds must be a number above 0, not {options.seconds:g}")
+    if not 0 <= options.seed < 2**63:
+        raise RequestError(f"--seed must be from 0 to {2**63 - 1}, not {options.seed}")
     widths = (options.d_in, options.d_out)
     if options.grid:
         if widths != (None, None) or options.layer:

@@ -7,7 +7,6 @@ Times are µs, as in the file.
 from __future__ import annotations
 
 import bisect
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from profiling.categories import ATTENTION, HOST, category_of_kernel, category_o
 from profiling.trace_file import TraceError
 
 MAX_EVENTS = 2_000_000
+MAX_DEPTH = 100  # of operators in each other; what is deeper counts as its caller's own
 
 STEP = re.compile(r"step \| (?P<method>[^|]{1,60}) \| (?P<phase>[^|]{1,60})")
 """The name of a step's range."""
@@ -30,6 +30,7 @@ _MODULE = "nn.Module: "
 _DEVICE = frozenset(("kernel", "gpu_memcpy", "gpu_memset", "memcpy", "memset"))
 _CALLS = frozenset(("cuda_runtime", "cuda_driver", "runtime", "hip_runtime"))
 _MAX_NAME = 240
+_MAX_NUMBER = 1e18  # of µs, which are counted from 1970, or of bytes
 
 
 class Node:
@@ -44,7 +45,7 @@ class Node:
         self.category = category_of_op(name) if kind == "op" else HOST
         self.dims = args.get("Input Dims", args.get("Input dims")) if kind == "op" else None
         self.step: Step | None = None
-        self.correlation = args.get("correlation") if kind == "call" else None
+        self.correlation = _correlation(args) if kind == "call" else None
 
     @property
     def self_us(self) -> float:
@@ -77,8 +78,8 @@ class DeviceEvent:
 
     def __init__(self, name: str, start: float, end: float, args: Mapping[str, Any]) -> None:
         self.name, self.start, self.end = name, start, end
-        self.stream = f"{args.get('device', 0)}.{args.get('stream', 0)}"
-        self.correlation = args.get("correlation")
+        self.stream = f"{args.get('device', 0)}.{args.get('stream', 0)}"[:40].encode(errors="replace").decode()
+        self.correlation = _correlation(args)
         self.category = ""
         self.launcher: Node | None = None
 
@@ -109,8 +110,7 @@ def read_events(document: Mapping[str, Any]) -> Events:
     threads, device, instants = _sorted_out(events)
     if not device and not any(node.kind == "op" for nodes in threads.values() for node in nodes):
         raise TraceError("the trace holds no operator and no kernel: profile a step that runs, with CPU or CUDA activities")
-    for nodes in threads.values():
-        _nest(nodes)
+    threads = {thread: _nested(nodes) for thread, nodes in threads.items()}
     steps = _steps(threads, device)
     _give_to_steps(threads, steps, device)
     return Events(steps, instants, bool(device))
@@ -140,7 +140,7 @@ def _sorted_out(
         duration, category = event.get("dur"), str(event.get("cat", "")).lower()
         if not _is_time(duration) or duration < 0:
             continue
-        name = name[:_MAX_NAME]
+        name = name[:_MAX_NAME].encode(errors="replace").decode()  # half a surrogate pair could be sent to no browser
         if category in _DEVICE:
             device.append(DeviceEvent(name, start, start + duration, args))
         elif category in ("cpu_op", "operator", "user_annotation") or (category == "python_function" and name.startswith(_MODULE)):
@@ -155,16 +155,26 @@ def _sorted_out(
 
 
 def _is_time(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_MAX_NUMBER <= value <= _MAX_NUMBER
 
 
-def _nest(nodes: list[Node]) -> None:
-    """Put a thread's nodes in order and into each other. One that ends after what it began in, by rounding, ends with it."""
+def _correlation(args: Mapping[str, Any]) -> int | str | None:
+    """What a kernel and the call that launched it share."""
+    value = args.get("correlation")
+    return value if isinstance(value, int | str) else None
+
+
+def _nested(nodes: list[Node]) -> list[Node]:
+    """A thread's nodes in order and put into each other, down to MAX_DEPTH. One that ends after what it began in, by rounding, ends
+    with it."""
     nodes.sort(key=lambda node: (node.start, -node.end))
     open_nodes: list[Node] = []
+    kept: list[Node] = []
     for node in nodes:
         while open_nodes and open_nodes[-1].end <= node.start:
             open_nodes.pop()
+        if len(open_nodes) == MAX_DEPTH:
+            continue
         if open_nodes:
             node.parent = parent = open_nodes[-1]
             node.end = min(node.end, parent.end)
@@ -173,6 +183,8 @@ def _nest(nodes: list[Node]) -> None:
             if parent.category == ATTENTION and node.kind == "op" and node.category != HOST:
                 node.category = ATTENTION
         open_nodes.append(node)
+        kept.append(node)
+    return kept
 
 
 def _steps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -171,9 +172,12 @@ def facts_of(document: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     ranks, plain, models = facts["ranks"], facts["plain_ms"], facts["hardware"]["models"]
     sound = all(isinstance(own, list) and all(isinstance(rank, int) for rank in own) for own in ranks.values())
-    sound = sound and all(isinstance(ms, int | float) and math.isfinite(ms) for ms in plain.values())
+    sound = sound and all(isinstance(ms, int | float) and -1e18 < ms < 1e18 for ms in plain.values())
     sound = sound and all(_has(model, {"name": str, "dtype": str}) for model in models.values())
-    return {name: facts[name] for name in (*_FACTS, "command") if name in facts} if sound else {}
+    if not sound:
+        return {}
+    own = json.dumps({name: facts[name] for name in (*_FACTS, "command") if name in facts}, ensure_ascii=False)
+    return json.loads(own.encode(errors="replace"))  # half a surrogate pair could be sent to no browser
 
 
 def _has(value: Any, types: Mapping[str, type]) -> bool:

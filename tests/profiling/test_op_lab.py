@@ -246,6 +246,7 @@ def test_a_grid_ends_with_what_it_says_of_the_model(command, capsys, monkeypatch
         (["--dtype", "float13"], "--dtype takes float32, bfloat16, float16"),
         (["--methods", "magic"], "no method 'magic'"),
         (["--seconds", "nan"], "--seconds must be a number above 0"),
+        (["--seed", "-1"], "--seed must be from 0"),
         (["--grid", "--layer", "c_fc"], "--grid has layers of its own"),
         (["--device", "abacus"], "abacus"),
         (["--json", "no/such/folder/x"], "cannot write"),

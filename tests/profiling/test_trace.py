@@ -215,6 +215,32 @@ def test_nonsense_in_a_trace_is_left_out():
     assert got["groups"] == want["groups"]
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"cat": "cpu_op", "name": "aten::mm", "ts": 10**400, "dur": 1},
+        {"cat": "cpu_op", "name": "aten::mm", "ts": -1e308, "dur": 1.7e308},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 1, "dur": 1, "args": {"correlation": [1]}},
+        {"cat": "kernel", "name": "sgemm", "ts": 1, "dur": 1, "args": {"correlation": {"a": 1}, "stream": "\ud800"}},
+        {"cat": "cpu_op", "name": "aten::\ud800\udfff \udc80", "ts": 0, "dur": 5},
+    ],
+)
+def test_a_trace_made_to_break_it_is_read_and_can_be_sent_to_a_browser(event):
+    document = {"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 10}, {"ph": "X", **event}]}
+    profile = read_profile(document)
+    assert math.isfinite(profile.groups[0].mean_ms)
+    json.dumps(profile.as_dict(), ensure_ascii=False, allow_nan=False).encode()
+
+
+def test_operators_nested_without_end_count_as_their_callers():
+    trace = FakeTrace()
+    for depth in range(3000):
+        trace.op(f"aten::op{depth}", depth, 10_000 - 2 * depth)
+    profile = read_profile(trace.document)
+    assert sum(profile.groups[0].categories.values()) == pytest.approx(10.0)
+    assert TraceProfile.from_dict(json.loads(json.dumps(profile.as_dict()))) == profile
+
+
 def test_a_profile_survives_json(profile):
     assert TraceProfile.from_dict(json.loads(json.dumps(profile.as_dict()))) == profile
 
