@@ -17,6 +17,7 @@ from profiling.categories import ATTENTION, HOST, category_of_kernel, category_o
 from profiling.trace_file import TraceError
 
 MAX_EVENTS = 2_000_000
+MAX_GROUPS = 40  # of steps: methods times phases
 MAX_DEPTH = 100  # of operators in each other; what is deeper counts as its caller's own
 
 STEP = re.compile(r"step \| (?P<method>[^|]{1,60}) \| (?P<phase>[^|]{1,60})")
@@ -196,6 +197,8 @@ def _steps(
     for node in ranges:
         if (found := STEP.fullmatch(node.name)) is not None:
             steps[found["method"], found["phase"]].append(Step(node, node.start, node.end))
+    if len(steps) > MAX_GROUPS:
+        raise TraceError(f"the trace has steps of {len(steps):,} methods and phases, more than {MAX_GROUPS}: record fewer")
     if not steps:
         for node in ranges:
             if _PROFILER_STEP.fullmatch(node.name):

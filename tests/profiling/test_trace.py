@@ -232,6 +232,15 @@ def test_a_trace_made_to_break_it_is_read_and_can_be_sent_to_a_browser(event):
     json.dumps(profile.as_dict(), ensure_ascii=False, allow_nan=False).encode()
 
 
+def test_more_kinds_of_steps_than_can_be_shown_are_refused():
+    trace = FakeTrace()
+    for number in range(41):
+        trace.annotation(f"step | flora | phase {number}", 10 * number, 9)
+        trace.op("aten::mm", 10 * number + 1, 5)
+    with pytest.raises(TraceError, match="41 methods and phases, more than 40"):
+        read_profile(trace.document)
+
+
 def test_operators_nested_without_end_count_as_their_callers():
     trace = FakeTrace()
     for depth in range(3000):
