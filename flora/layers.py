@@ -133,7 +133,7 @@ class AdaptedLinear(nn.Module):
         if form is not None:
             return backend.kernels_on(routing.slots.device.type).reads(form, routing)
         layout = routing.layout(method)
-        return None if layout is None else (layout, routing.numbers)
+        return None if layout is None else (layout, routing.read_by(method))
 
     def merge(self, family: str, A: Tensor, B: Tensor) -> Tensor:
         """A new weight (d_out, d_in) with one adapter of `family` merged in: A (r, d_in), B (r, d_out)."""

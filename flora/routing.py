@@ -109,6 +109,16 @@ class Routing:
         blocks = tuple((block.rank, block.slots.shape[0], block.rows is None) for block in self.blocks)
         return groups, blocks, self.uniform_rank, self.expanded_row.shape[0], self.restore is None
 
+    def read_by(self, method: str) -> Tensor:
+        """The part of `numbers` that a step of `method` reads; as long as that of any other routing of the same layout.
+
+        How many adapters share the rows of a rank is nothing to `bmm-lora`, but what others read is longer with each of them.
+        """
+        if method != "bmm-lora":
+            return self.numbers
+        num_read = 2 * sum(group.slots.shape[0] for group in self.rank_groups)  # rows and slots of the groups, the last ones
+        return self.numbers[self.numbers.shape[0] - num_read :]
+
     def for_one_layer(self) -> Routing:
         """The same routing, for many steps of one layer whose factors do not change: what is gathered in the first step is kept."""
         return replace(self, _kept={})

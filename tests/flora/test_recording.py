@@ -252,6 +252,16 @@ def test_what_was_captured_serves_the_next_requests(engine_of, plain, clips):
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("method", ["flora", "bmm-lora"])
+def test_fewer_adapters_for_as_many_rows(method, engine_of, plain, caplog):
+    """No forward fails on the way: one that did would be tried again in halves, and answer all the same."""
+    engine, made = engine_of("code", "aa", "bb", max_batch_size=3)
+    for tags in (("aa", "bb", "aa"), ("aa", "aa", "aa"), ("bb", "aa", "aa")):
+        requests = [Request("ab(", adapter=tag, max_new_tokens=12, ignore_eos=True) for tag in tags]
+        assert tokens(engine, requests, method) == tokens(plain(), requests, method)
+    assert made[0].failure is None and not caplog.records
+
+
 def test_an_adapter_replaced_while_others_are_served(engine_of, plain, checkpoints):
     engine, made = engine_of("code", "aa", "bb")
     request = Request("ab(", adapter="aa", max_new_tokens=12, ignore_eos=True)
