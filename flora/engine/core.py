@@ -298,7 +298,8 @@ class Core:
                 if stop - start == 1:
                     logger.warning("a request's forward failed", exc_info=error)
                     return [_forward_error(rows[start], error)]
-                logger.warning("the forward of %d requests failed: their halves are tried apart", stop - start, exc_info=error)
+                # Without the traceback: whoever kept it would keep what the failed forward held.
+                logger.warning("the forward of %d requests failed (%s): their halves are tried apart", stop - start, type(error).__name__)
             # Out here the error is gone, and with it what the failed forward held: where memory ran out, the halves have it.
             middle = (start + stop) // 2
             return attempt(start, middle) + attempt(middle, stop)
