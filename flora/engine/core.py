@@ -299,7 +299,8 @@ class Core:
                     logger.warning("a request's forward failed", exc_info=error)
                     return [_forward_error(rows[start], error)]
                 # Without the traceback: whoever kept it would keep what the failed forward held.
-                logger.warning("the forward of %d requests failed (%s): their halves are tried apart", stop - start, type(error).__name__)
+                what = type(error).__name__
+                logger.warning("the forward of %d requests failed (%s): their halves are tried apart", stop - start, what)
             # Out here the error is gone, and with it what the failed forward held: where memory ran out, the halves have it.
             middle = (start + stop) // 2
             return attempt(start, middle) + attempt(middle, stop)
