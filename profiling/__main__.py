@@ -289,7 +289,7 @@ def _add_kernels(commands: argparse._SubParsersAction) -> None:
     kernels.add_argument("--open", metavar="TRACE", help="a Chrome trace, .json or .json.gz, to be read instead of recording one")
     output = kernels.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write a JSONL row per phase and method; - for standard output")
-    output.add_argument("--report", metavar="FILE", help="write a report; the suffix says which: .html, .md or .csv")
+    output.add_argument("--report", metavar="FILE", help=REPORT_HELP)
     output.add_argument("--trace", metavar="FILE", help="write the Chrome trace, .json or .json.gz, which ui.perfetto.dev opens")
     output.add_argument("--tensorboard", metavar="FOLDER", help="write a run for TensorBoard's profiler plugin: make tensorboard")
 
