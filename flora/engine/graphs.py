@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 MAX_GRAPHS = 64
 """Graphs that are kept, the least recently used forgotten first. They share their memory, but each takes some of its own."""
 
+
 class Captured(Protocol):
     """Work that can be repeated."""
 
@@ -252,6 +253,9 @@ class DecodeGraphs:
 
     def _needs_of(self, serving: BatchServing) -> _Needs | None:
         if serving not in self._needs:
+            for graph in self._graphs.values():
+                if isinstance(graph, _Graph):
+                    graph.captured.forget_batch()  # else each shape would keep what the rows of its last batch had gathered
             layers = self._runner.bank.layers
             needs = needs_of(serving, layers)
             if needs is None and self._capture.on_host:
