@@ -36,6 +36,8 @@ def test_the_command_measures_every_part_and_keeps_what_it_measured(tmp_path, mo
     assert [row["part"] for row in same] == ["peft", "hira"]
     assert all(row["value"] == 1.0 and row["n"] == 2 * 8 for row in same), "the engine and PEFT serve the same adapters"
     assert all(row["value"] > 0 for row in rows if row["part"] != "goodput"), "a machine busy with other tests may keep no limit"
+    kept = [row["value"] for row in rows if row["part"] == "goodput"]
+    assert len(kept) == len(serving.METHODS) and all(value is None or 0 <= value <= 1 for value in kept)
     assert all(row["hardware"]["torch"] for row in rows)
     for method in serving.METHODS:
         own = next(row for row in rows if row["part"] == "overhead" and row["what"].startswith(method))
