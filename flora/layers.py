@@ -132,8 +132,10 @@ class AdaptedLinear(nn.Module):
             return None
         if form is not None:
             return backend.kernels_on(routing.slots.device.type).reads(form, routing)
+        if method == "flora":
+            method = routing.cheaper_form(1, self.weight.element_size(), routing.slots.device.type)
         layout = routing.layout(method)
-        return None if layout is None else (layout, routing.read_by(method))
+        return None if layout is None else ((method, layout), routing.read_by(method))
 
     def merge(self, family: str, A: Tensor, B: Tensor) -> Tensor:
         """A new weight (d_out, d_in) with one adapter of `family` merged in: A (r, d_in), B (r, d_out)."""

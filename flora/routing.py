@@ -36,6 +36,7 @@ class SegmentBlock:
 
     rank: int  # 0: the bare layer
     slots: Tensor  # (c,) int64
+    shape: tuple[int, int]  # segments, rows of each
     rows: Tensor | None  # (c · rows of each,) int64, segment by segment; None: the batch's rows as they stand
 
 
@@ -99,25 +100,30 @@ class Routing:
             self._tiles[key] = segment_tiles(self.row_slots, self.row_ranks, length, num_tokens, self.slots.device)
         return self._tiles[key]
 
-    def layout(self, method: str) -> Hashable | None:
-        """What `method` in PyTorch's own products takes of this routing besides `numbers`; None where slots are part of it."""
-        groups = tuple((group.rank, group.slots.shape[0]) for group in self.rank_groups)
-        if method == "bmm-lora":
-            return groups
-        if method not in ("flora", "flora-expand", "flora-modulate"):
-            return None
-        blocks = tuple((block.rank, block.slots.shape[0], block.rows is None) for block in self.blocks)
-        return groups, blocks, self.uniform_rank, self.expanded_row.shape[0], self.restore is None
+    def layout(self, form: str) -> Hashable | None:
+        """What `form` in PyTorch's own products takes of this routing besides the numbers that it reads; None where slots are part
+        of it. form: a method, of `flora` the one of its forms that is taken."""
+        if form == "bmm-lora":
+            return tuple((group.rank, group.slots.shape[0]) for group in self.rank_groups)
+        if form == "flora-expand":
+            return self.uniform_rank, self.expanded_row.shape[0]
+        if form == "flora-modulate":
+            blocks = tuple((block.rank, *block.shape, block.rows is None) for block in self.blocks)
+            return blocks, self.uniform_rank, self.expanded_row.shape[0], self.restore is None
+        return None
 
-    def read_by(self, method: str) -> Tensor:
-        """The part of `numbers` that a step of `method` reads; as long as that of any other routing of the same layout.
+    def read_by(self, form: str) -> Tensor:
+        """The part of `numbers` that a step of `form` reads; as long as that of any other routing of the same layout.
 
-        How many adapters share the rows of a rank is nothing to `bmm-lora`, but what others read is longer with each of them.
+        How many adapters share rows is nothing to `bmm-lora` nor `flora-expand`, but what others read is longer with each of them.
         """
-        if method != "bmm-lora":
-            return self.numbers
-        num_read = 2 * sum(group.slots.shape[0] for group in self.rank_groups)  # rows and slots of the groups, the last ones
-        return self.numbers[self.numbers.shape[0] - num_read :]
+        if form == "bmm-lora":
+            num_read = 2 * sum(group.slots.shape[0] for group in self.rank_groups)  # rows and slots of the groups, the last ones
+            return self.numbers[self.numbers.shape[0] - num_read :]
+        if form == "flora-expand":  # each row's slot, and each expanded row's row and component, the first ones
+            num_read = self.slots.shape[0] + (2 * self.expanded_row.shape[0] if self.uniform_rank is None else 0)
+            return self.numbers[:num_read]
+        return self.numbers
 
     def for_one_layer(self) -> Routing:
         """The same routing, for many steps of one layer whose factors do not change: what is gathered in the first step is kept."""
@@ -183,8 +189,8 @@ def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: 
         slots=row_slots,
         segments=segments,
         blocks=tuple(
-            SegmentBlock(rank, shared, None if in_order and len(by_shape) == 1 else rows)
-            for (rank, _), shared, rows in zip(by_shape, block_slots, blocks_rows, strict=True)
+            SegmentBlock(rank, shared, (len(shared), of_each), None if in_order and len(by_shape) == 1 else rows)
+            for (rank, of_each), shared, rows in zip(by_shape, block_slots, blocks_rows, strict=True)
         ),
         rank_groups=tuple(
             RankGroup(rank, None if len(rows) == len(slots) else places, next(tensors))

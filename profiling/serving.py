@@ -214,7 +214,8 @@ class _TimedCapture:
     """Another `Capture`, whose replays are noted: when each began, and how long it took, in seconds."""
 
     def __init__(self, capture: Capture) -> None:
-        self.on_host, self.first_steps, self._capture = capture.on_host, capture.first_steps, capture
+        self.on_host, self.first_steps, self.most = capture.on_host, capture.first_steps, capture.most
+        self._capture = capture
         self.begun: list[float] = []
         self.spent: list[float] = []
 
@@ -323,16 +324,20 @@ def many_adapters(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[
 def goodput(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[Figure]:
     """The share of requests within 0.5 s to the first token and 50 ms per further token, at 80 % of what the engine can do.
 
-    What it can do is measured before and after. Where it was less afterwards by more than a tenth, the machine had less to give
-    meanwhile, and more than 80 % of that was asked for: such a round says nothing and is made again, as often as there are rounds.
+    Requests are of different lengths: of one length, those that were admitted together would end together, and their successors'
+    prompts be read in one forward, as no arrivals are. What the engine can do is measured before and after. Where it was less
+    afterwards by more than a tenth, the machine had less to give meanwhile, and more than 80 % of that was asked for: such a round
+    says nothing and is made again, as often as there are rounds.
     """
-    engine = code_engine(max_batch_size=BATCH)
+    engine = code_engine()
+    rows = engine.max_batch_size
     tags = add_random_adapters(engine, BATCH, 4, METHODS)
-    traffic = Traffic(num_requests=ROUNDS_OF_LOAD * BATCH, new_tokens=Lengths("fixed", num_new_tokens, num_new_tokens))
+    lengths = Lengths("uniform", num_new_tokens // 2, num_new_tokens + num_new_tokens // 2)
+    traffic = Traffic(num_requests=ROUNDS_OF_LOAD * rows, new_tokens=lengths)
 
     def capacity(method: str, seed: int) -> float:
         """Requests a second."""
-        full = _run(engine, tags, method, replace(traffic, seed=seed), concurrency=2 * BATCH)
+        full = _run(engine, tags, method, replace(traffic, seed=seed), concurrency=2 * rows)
         return len(full.records) / full.duration_s
 
     for method in METHODS:
@@ -350,7 +355,7 @@ def goodput(num_new_tokens: int, rounds: int, tell: Progress) -> Iterator[Figure
             tell(f"{method}, round {len(shares)} of {rounds}")
         limits = ", ".join(f"{name.upper()} {1000 * most:.0f} ms" for name, most in GOODPUT_LIMITS.items())
         left_out = f"; {num_slower} more rounds on a machine that slowed down meanwhile" if num_slower else ""
-        what = f"{method}: goodput at 80 % of capacity ({limits}){left_out}"
+        what = f"{method}: goodput at 80 % of capacity (at most {rows} rows, {limits}){left_out}"
         middle, *ends = (median(shares), min(shares), max(shares)) if shares else (None, None, None)
         yield Figure("goodput", what, middle, *ends, len(shares), 0.95, unit="%")
     engine.close()

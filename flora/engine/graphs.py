@@ -30,10 +30,6 @@ from flora.layers import AdaptedLinear, LayerPlan, Serving
 
 logger = logging.getLogger(__name__)
 
-MAX_GRAPHS = 64
-"""Graphs that are kept, the least recently used forgotten first. They share their memory, but each takes some of its own."""
-
-
 class Captured(Protocol):
     """Work that can be repeated."""
 
@@ -49,6 +45,7 @@ class Capture(Protocol):
 
     on_host: bool  # what is captured are calls from the host, with all that Python worked out for them
     first_steps: int  # of a shape that run as ever, before it pays to capture one
+    most: int  # shapes that are kept captured, the least recently used forgotten first
 
     def __call__(self, function: Callable[[], Tensor], of_batch: Sequence[Tensor]) -> Captured:
         """of_batch: the tensors whose values change with the batch alone."""
@@ -68,9 +65,9 @@ class _CudaGraph:
 
 
 class CudaCapture:
-    """A `Capture` in CUDA graphs, whose memory is one pool: only one of them runs at a time."""
+    """A `Capture` in CUDA graphs, whose memory is one pool: only one of them runs at a time. Each takes some of its own besides."""
 
-    on_host, first_steps = False, 1
+    on_host, first_steps, most = False, 1, 64
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
@@ -278,7 +275,7 @@ class DecodeGraphs:
         """As the one that was used last."""
         self._graphs[key] = graph
         self._graphs.move_to_end(key)
-        if len(self._graphs) > MAX_GRAPHS:
+        if len(self._graphs) > self._capture.most:
             self._graphs.popitem(last=False)
 
     def _captured(

@@ -33,6 +33,7 @@ class RecordedCapture:
     """A `flora.engine.graphs.Capture` in recorded calls. RuntimeError where the function reads a tensor's values into Python."""
 
     on_host, first_steps = True, 3
+    most = 512  # a few kB of code each: as many as 64 rows have shapes at 512 positions
 
     def __call__(self, function: Callable[[], Tensor], of_batch: Sequence[Tensor]) -> Recording:
         with _Recorder() as recorder:

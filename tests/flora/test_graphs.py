@@ -6,6 +6,8 @@ those alone, on the same tensors, into the same results. No line of the model's 
 
 from __future__ import annotations
 
+import itertools
+from copy import deepcopy
 from dataclasses import dataclass
 
 import pytest
@@ -15,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flora import Engine, Request, backend, ops
-from flora.engine import graphs
 from flora.engine.graphs import DecodeGraphs, StaticServing, needs_of
 from flora.engine.runner import PromptPiece
 from flora.layers import AdaptedLinear, LayerPlan, ServingHolder
@@ -62,7 +63,7 @@ class Record:
 class AsStrictAsCuda:
     """A `Capture`."""
 
-    on_host, first_steps = False, 1
+    on_host, first_steps, most = False, 1, 64
 
     def __call__(self, function, of_batch=()) -> Record:
         with Recorder() as recorder:
@@ -288,7 +289,7 @@ def test_a_step_that_cannot_be_captured_is_told_of_and_runs(recording, caplog):
 
 
 def test_only_the_graphs_used_last_are_kept(recording, monkeypatch):
-    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(AsStrictAsCuda, "most", 2)
     engine, _ = recording()
     steps = Steps(engine, ["aa", "aa"])
     one = steps.serving
@@ -314,14 +315,37 @@ def test_a_bias_that_an_adapter_changes_is_copied_too(recording):
     assert seen == ["replayed"] * 3
 
 
-def test_layouts_say_all_that_is_not_in_the_numbers():
-    """Two routings of one layout: the numbers of one, copied over the other's, make it the other."""
-    for method, others in (("flora", [2, 0, 4, 2]), ("bmm-lora", [2, 0, 4, 2]), ("bmm-lora", [2, 0, 4, 1])):
-        one, other = (ops.route(slots, [0, 2, 2, 1, 1], 2) for slots in ([1, 0, 3, 1], others))
-        assert one.layout(method) == other.layout(method)
-        one.read_by(method).copy_(other.read_by(method))
-        if method == "flora":
-            assert one.slots.tolist() == other.slots.tolist()
-            assert one.expanded_component.tolist() == other.expanded_component.tolist()
-        assert [group.slots.tolist() for group in one.rank_groups] == [group.slots.tolist() for group in other.rank_groups]
-    assert one.layout("loop-lora") is one.layout("sgmv-lora") is None
+@pytest.mark.parametrize("form", ["flora-expand", "flora-modulate", "bmm-lora"])
+def test_layouts_say_all_that_is_not_in_the_numbers(form):
+    """Two routings of one layout: the numbers of one, copied over the other's, make it serve the other's batch."""
+    torch.manual_seed(0)
+    ranks = [0, 2, 2, 1, 1]
+    A, B = torch.randn(2, 5, 2, 3, dtype=torch.float64).unbind()
+    A[0, 0] = B[0, 0] = 1.0  # the identity adapter
+    x, weight = torch.randn(5, 1, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    seen = {}
+    num_pairs = 0
+    for slots in itertools.product(range(5), repeat=5):
+        routing = ops.route(slots, ranks, 2)
+        layout = routing.layout(form)
+        if layout not in seen:
+            seen[layout] = routing
+        elif slots[0] == slots[2] or slots[4] == 3:  # some hundred of them
+            other = deepcopy(seen[layout])
+            other.read_by(form).copy_(routing.read_by(form))
+            served, expected = (ops.function_of(form)(x, weight, A, B, one.slots, None, one) for one in (other, routing))
+            torch.testing.assert_close(served, expected, rtol=0.0, atol=0.0)
+            num_pairs += 1
+    assert num_pairs > 10 * len(seen)
+
+
+def test_how_many_adapters_share_the_rows_is_no_matter_of_a_captured_step():
+    ranks = [0, 2, 2, 2]
+    for form in ("flora-expand", "bmm-lora"):
+        assert ops.route([1, 1, 1], ranks, 2).layout(form) == ops.route([1, 2, 3], ranks, 2).layout(form)
+        assert ops.route([1, 1, 0], ranks, 2).layout(form) == ops.route([0, 2, 3], ranks, 2).layout(form)
+
+
+def test_a_loop_over_adapters_has_no_layout():
+    routing = ops.route([1, 0], [0, 2], 2)
+    assert routing.layout("loop-lora") is routing.layout("sgmv-lora") is None
