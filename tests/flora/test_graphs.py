@@ -336,7 +336,7 @@ def test_layouts_say_all_that_is_not_in_the_numbers(form):
             served, expected = (ops.function_of(form)(x, weight, A, B, one.slots, None, one) for one in (other, routing))
             torch.testing.assert_close(served, expected, rtol=0.0, atol=0.0)
             num_pairs += 1
-    assert num_pairs > 10 * len(seen)
+    assert num_pairs > 500
 
 
 def test_how_many_adapters_share_the_rows_is_no_matter_of_a_captured_step():
