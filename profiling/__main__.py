@@ -348,6 +348,11 @@ def _add_targets(commands: argparse._SubParsersAction) -> None:
     targets.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="per request; default: 48")
     targets.add_argument("--repeats", type=int, default=3, metavar="N", help="of the decode comparison; default: 3")
     targets.add_argument("--rounds", type=int, default=5, metavar="N", help="with and without an open page; default: 5")
+    targets.add_argument(
+        "--draw-here",
+        action="store_true",
+        help="the open page's charts are drawn on this machine too, on the engine's cores; without, only served, as to a visitor",
+    )
     targets.add_argument("--threads", type=int, metavar="N", help="torch's CPU threads, but the app's; default: torch's own choice")
     targets.add_argument("--json", metavar="FILE", help="write a JSONL row per promise")
 

@@ -141,6 +141,8 @@ def run(options: argparse.Namespace) -> int:
         raise RequestError("--pairs must be at least 1")
     if options.words and options.words[0] not in REPEATABLE:
         raise RequestError(f"runs of {' and '.join(REPEATABLE)} have ratios to compare, not {options.words[0]!r}")
+    if "--dry-run" in options.words:
+        raise RequestError("leave out --dry-run behind --: it measures nothing that two runs could agree about")
     if "--json" in options.words:
         raise RequestError("leave out --json behind --: what each run finds is read from its rows")
     measurements = {options.words[0]: tuple(options.words)} if options.words else MEASUREMENTS

@@ -84,9 +84,11 @@ def gains(difference: TraceDiff, first: str, other: str) -> Chart:
     layout["margin"] |= {"l": 130, "t": 12}
     layout["yaxis"] |= {"title": {"text": ""}, "ticks": "", "fixedrange": True}
     layout["xaxis"] |= {"zeroline": True, "zerolinecolor": GRID_COLOUR}
-    verdict = "wins" if difference.total_gained_ms >= 0 else "loses"
-    total = abs(difference.total_gained_ms)
-    sentence = f"Where {first} wins (right) and loses (left) time against {other}: in all it {verdict} {total:.2f} ms per step."
+    total = f"{abs(difference.total_gained_ms):.2f} ms per step"
+    verdict = f"it {'wins' if difference.total_gained_ms >= 0 else 'loses'} {total}"
+    if difference.is_noise:
+        verdict = f"{total}, which is within noise"
+    sentence = f"Where {first} wins (right) and loses (left) time against {other}: in all {verdict}."
     return Chart({"data": [trace], "layout": layout}, sentence)
 
 

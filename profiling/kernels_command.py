@@ -15,7 +15,7 @@ from profiling.compare import checked_methods
 from profiling.load_command import model_words
 from profiling.loading import load_engine, set_threads
 from profiling.options import weight_words
-from profiling.profile_run import MAX_ROWS, batch_of, record
+from profiling.profile_run import MAX_ROWS, batch_of, check_counts, record
 from profiling.trace import read_profile
 from profiling.trace_file import SUFFIXES, TraceError, read_trace, write_tensorboard_run, write_trace
 
@@ -49,6 +49,7 @@ def _check(options: argparse.Namespace) -> None:
             raise RequestError(f"--rows must be from 1 to {MAX_ROWS}")
         if options.rank is not None and not 1 <= options.rank <= 128:
             raise RequestError("--rank must be from 1 to 128")
+        check_counts(options.prefills, options.steps, options.warmup)
     report.check(options)
     if options.trace and not options.trace.endswith(SUFFIXES):
         raise RequestError(f"--trace takes a file that ends in {' or '.join(SUFFIXES)}, not {Path(options.trace).name!r}")

@@ -59,6 +59,12 @@ def batch_of(engine: Engine, methods: Sequence[str], num_rows: int, rank: int | 
     return [workload.request_from_row(row) for row in chosen]
 
 
+def check_counts(*counts: int) -> None:
+    """RequestError where `record` takes no such number of prefills, steps or warm-up steps."""
+    if not all(1 <= count <= MAX_STEPS for count in counts):
+        raise RequestError(f"prefills, steps and warm-up steps must be from 1 to {MAX_STEPS} each")
+
+
 def record(
     engine: Engine,
     requests: Sequence[Request],
@@ -77,8 +83,7 @@ def record(
     is told, not their layers. Raises a FloraError where a method cannot serve the batch, or its answers are too short for so many
     steps, and where the trace of a GPU is without kernels.
     """
-    if not (1 <= prefills <= MAX_STEPS and 1 <= steps <= MAX_STEPS and 1 <= warmup <= MAX_STEPS):
-        raise RequestError(f"prefills, steps and warm-up steps must be from 1 to {MAX_STEPS} each")
+    check_counts(prefills, steps, warmup)
     if engine.device.type not in ("cpu", "cuda"):
         raise ModelError(f"torch.profiler sees no kernels of the device {engine.device.type!r}: profile on a CPU or an NVIDIA GPU")
     warmup = max(warmup, CAPTURING) if engine.capture_steps else warmup

@@ -71,12 +71,21 @@ def _verdict(measure: Measure, first: str, other: str, own: Mapping[str, Sequenc
     if crossed is None:
         return f"{measure}: nothing to compare."
     lowest, highest = found[0].rank, found[-1].rank
-    interval = _interval(crossed, lowest, highest)
+    shown = f"{measure}: {label}'s is"
+    if _within_noise(crossed):
+        return f"{shown} not told from {than}'s beyond noise at any rank up to {highest}."
     if math.isinf(crossed.rank):
-        return f"{measure}: {label}'s is {better} than {than}'s up to the highest rank measured, {highest}{interval}."
+        doubt = "" if crossed.low is None or math.isinf(crossed.low) else f", beyond noise up to {crossed.low:.2g}"
+        return f"{shown} {better} than {than}'s up to the highest rank measured, {highest}{doubt}."
     if crossed.rank == 0.0:
-        return f"{measure}: {label}'s is not {better} than {than}'s at any rank measured{interval}."
-    return f"{measure}: {label}'s is {better} than {than}'s up to a rank of about {crossed.rank:.2g}{interval}."
+        doubt = f", beyond noise from {crossed.high:.2g} on" if crossed.high else ""
+        return f"{shown} not {better} than {than}'s at any rank measured{doubt}."
+    return f"{shown} {better} than {than}'s up to a rank of about {crossed.rank:.2g}{_interval(crossed, lowest, highest)}."
+
+
+def _within_noise(crossed: Crossover) -> bool:
+    """Whether the intervals hold both, that the first method never wins and that it never loses."""
+    return crossed.low == 0.0 and crossed.high is not None and math.isinf(crossed.high)
 
 
 def _interval(crossed: Crossover, lowest: int, highest: int) -> str:
@@ -89,7 +98,10 @@ def _interval(crossed: Crossover, lowest: int, highest: int) -> str:
 
 
 def headline(points: Sequence[SweepPoint], first: str) -> str:
-    """Where the first method stops winning, in one sentence: by the step time, else by what was measured instead."""
+    """Where the first method stops winning, in one sentence: by the step time, else by what was measured instead.
+
+    What the intervals leave open is said as open.
+    """
     label, measures = METHOD_STYLES[first].label, measures_of(points)
     own = by_method(points, measures[0]) if measures else {}
     others = [method for method in own if method not in (first, "base")]
@@ -98,18 +110,25 @@ def headline(points: Sequence[SweepPoint], first: str) -> str:
         found = advantages(own[first], own[method])
         crossed = crossover(found)
         if crossed is not None:
-            where = (
-                f"at no rank up to {found[-1].rank}"
-                if math.isinf(crossed.rank)
-                else f"from the lowest rank on, {found[0].rank}"
-                if crossed.rank == 0.0
-                else f"from a rank of about {crossed.rank:.2g} on"
-            )
-            said.append(f"to {METHOD_STYLES[method].label} {where}{_interval(crossed, found[0].rank, found[-1].rank)}")
+            said.append(_clause(crossed, METHOD_STYLES[method].label, found[0].rank, found[-1].rank))
     if not said:
         return ""
     what = {STEP_TIME: "In decode steps", LATENCY: f"In latency at {measures[0].rate or 0:g} requests/s"}
-    return f"{what.get(measures[0].name, 'In throughput')}, {label} loses {_listed(said)}."
+    return f"{what.get(measures[0].name, 'In throughput')}, {label} {_listed(said)}."
+
+
+def _clause(crossed: Crossover, other: str, lowest: int, highest: int) -> str:
+    """What becomes of the first method beside another one, as the rank grows."""
+    if _within_noise(crossed):
+        return f"is within noise of {other} up to rank {highest}"
+    if math.isinf(crossed.rank):
+        if crossed.low is None or math.isinf(crossed.low):
+            return f"loses to {other} at no rank up to {highest}"
+        return f"is ahead of {other} beyond noise up to a rank of {crossed.low:.2g}, and does not lose to it up to {highest}"
+    if crossed.rank == 0.0:
+        doubt = f" (beyond noise from {crossed.high:.2g} on)" if crossed.high else ""
+        return f"loses to {other} from the lowest rank on, {lowest}{doubt}"
+    return f"loses to {other} from a rank of about {crossed.rank:.2g} on{_interval(crossed, lowest, highest)}"
 
 
 def _listed(parts: Sequence[str]) -> str:

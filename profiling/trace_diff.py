@@ -58,6 +58,11 @@ class TraceDiff:
     def total_gained_ms(self) -> float:
         return self.other.mean_ms - self.first.mean_ms
 
+    @property
+    def is_noise(self) -> bool:
+        """Whether the steps differ by no more than chance alone lets them."""
+        return abs(self.total_gained_ms) <= _noise(self.first.error_ms, self.other.error_ms)
+
 
 def diff(first: StepGroup, other: StepGroup) -> TraceDiff:
     """What the first group's steps do instead of the other's. What only the host does, such as views, is not told one by one."""
@@ -109,7 +114,7 @@ def sentence(difference: TraceDiff, first_label: str, other_label: str) -> str:
     first, other = difference.first, difference.other
     gained = difference.total_gained_ms
     winner, share = (first_label, gained / other.mean_ms) if gained >= 0 else (other_label, -gained / first.mean_ms)
-    if abs(gained) <= _noise(first.error_ms, other.error_ms):
+    if difference.is_noise:
         parts = [f"The {first.phase} steps of {first_label} and {other_label} do not differ beyond noise"]
     else:
         parts = [f"{winner}'s {first.phase} step is {abs(gained):.2f} ms shorter ({100 * share:.0f} %)"]

@@ -169,7 +169,10 @@ class KernelProfiles:
         return ProfileWork(self.job(wish), self.root.name, partial(self.keep, session))
 
     def open(self, session: str, path: Any) -> ProfileWork:
-        """What reads a visitor's trace. path: where gradio has put the upload."""
+        """What reads a visitor's trace, in line with what is measured, since on a CPU it would take from that.
+
+        path: where gradio has put the upload.
+        """
         if not isinstance(path, str) or not path:
             raise RequestError("choose a trace first: a .json or .json.gz file, as torch.profiler's export_chrome_trace writes it")
         if not path.lower().endswith(SUFFIXES):

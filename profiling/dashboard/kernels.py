@@ -122,6 +122,16 @@ def build_kernels_tab(tab: gr.Tab, profiles: KernelProfiles, measurements: Measu
                     with gr.Column(min_width=280, elem_classes="instrument"):
                         plots["breakdown"] = _plot("breakdown")
                     with gr.Column(min_width=280, elem_classes="instrument") as gains:
+                        other = gr.Radio(
+                            [],
+                            label="beside",
+                            show_label=False,
+                            container=False,
+                            visible=False,
+                            elem_id="kernels-other",
+                            elem_classes="switch",
+                            interactive=True,
+                        )
                         plots["gains"] = _plot("gains")
                 with gr.Column(elem_classes="instrument") as instead:
                     diff = LiveCells(views.DIFF_TEMPLATE, elem_id="kernels-diff")
@@ -152,7 +162,7 @@ def build_kernels_tab(tab: gr.Tab, profiles: KernelProfiles, measurements: Measu
         downloads = Downloads("kernels")
 
     charts = [plots[name] for name in views.CHARTS]
-    redrawn = [headline, gains, instead, method, *charts, diff, table]
+    redrawn = [headline, gains, instead, method, other, *charts, diff, table]
     shown = [area, phase, *redrawn, reproduce, exports]
 
     def begin(session: str, *values: Any) -> ProfileWork:
@@ -200,11 +210,11 @@ def build_kernels_tab(tab: gr.Tab, profiles: KernelProfiles, measurements: Measu
         offer, None, downloads.buttons, show_progress="hidden", api_visibility="private"
     )
 
-    def redraw(request: gr.Request, chosen: str | None, tree: str | None) -> list[Any]:
+    def redraw(request: gr.Request, chosen: str | None, tree: str | None, beside: str | None) -> list[Any]:
         found = profiles.of(request.session_hash)
         if found is None:
             return [gr.skip()] * len(redrawn)
-        return _of_phase(found, chosen if chosen in found.profile.phases else found.profile.phases[0], tree)
+        return _of_phase(found, chosen if chosen in found.profile.phases else found.profile.phases[0], tree, beside)
 
     def adjust(*values: Any) -> Any:
         try:
@@ -212,8 +222,9 @@ def build_kernels_tab(tab: gr.Tab, profiles: KernelProfiles, measurements: Measu
         except RequestError:
             return gr.skip()  # Profile says what is wrong
 
-    for control in (phase, method):
-        control.input(redraw, [phase, method], redrawn, **_QUIET)
+    looks = [phase, method, other]
+    for control in looks:
+        control.input(redraw, looks, redrawn, **_QUIET)
     controls = [kind, methods, rows, rank, captured]
     gr.on([control.change for control in controls], adjust, controls, [reproduce], trigger_mode="always_last", **_QUIET)
 
@@ -232,21 +243,23 @@ def _everything(found: Found) -> list[Any]:
     command = cells_value({"command": html.escape(profile.facts.get("command", OPEN_COMMAND))})
     title = f"fLoRA Live: {' and '.join(label(group.method) for group in profile.of(phase))}"
     export = None if found.trace is None else found.trace.value(title, f"flora-live.{found.number}.pt.trace.json.gz")
-    return [gr.Column(visible=True), switch, *_of_phase(found, phase, None), command, export]
+    return [gr.Column(visible=True), switch, *_of_phase(found, phase, None, None), command, export]
 
 
-def _of_phase(found: Found, phase: str, tree: str | None) -> list[Any]:
+def _of_phase(found: Found, phase: str, tree: str | None, other: str | None) -> list[Any]:
     profile = found.profile
     methods = [group.method or "" for group in profile.of(phase)]
     tree = tree if tree in methods else methods[0]
-    charts = views.charts(profile, phase, tree or None, found.number)
+    other = other if other in methods[1:] else next(iter(methods[1:]), None)
+    charts = views.charts(profile, phase, tree or None, other, found.number)
+    named = [(label(one or None), one) for one in methods]
+    beside = [(f"beside {words}", one) for words, one in named[1:]]
     return [
         views.headline(profile, phase, found.source),
         *[gr.Column(visible=len(methods) > 1)] * 2,
-        gr.Radio(choices=[(label(one or None), one) for one in methods], value=tree, visible=len(methods) > 1),
+        gr.Radio(choices=named, value=tree, visible=len(methods) > 1),
+        gr.Radio(choices=beside, value=other, visible=len(methods) > 2),
         *(charts[name] for name in views.CHARTS),
-        views.difference(profile, phase),
+        views.difference(profile, phase, other),
         views.kernels_table(profile, phase),
     ]
-
-

@@ -138,9 +138,9 @@ def blank_plot(words: str = "Nothing is drawn yet.") -> dict[str, Any]:
     return plot_value(_BLANK, words, [])
 
 
-def charts(profile: TraceProfile, phase: str, method: str | None, number: int) -> dict[str, dict[str, Any]]:
-    """By name of CHARTS. method: whose tree is drawn; that of the first where it has none. number: of what is shown, with which the
-    visitor's zoom goes."""
+def charts(profile: TraceProfile, phase: str, method: str | None, other: str | None, number: int) -> dict[str, dict[str, Any]]:
+    """By name of CHARTS. method: whose tree is drawn; that of the first where it has none. other: which the first is compared with;
+    the second where it is none of them. number: of what is shown, with which the visitor's zoom goes."""
     groups = profile.of(phase)
     tree = next((group for group in groups if group.method == method), groups[0])
     found = {
@@ -149,14 +149,20 @@ def charts(profile: TraceProfile, phase: str, method: str | None, number: int) -
         "tree": _plot(figures.icicle(tree), number, figures.tree_table(tree)),
     }
     if len(groups) > 1:
-        difference = diff(groups[0], groups[1])
-        found["gains"] = _plot(figures.gains(difference, label(groups[0].method), label(groups[1].method)), number)
+        second = _other(groups, other)
+        chart = figures.gains(diff(groups[0], second), label(groups[0].method), label(second.method))
+        found["gains"] = _plot(chart, f"{number} {second.method}")
     else:
         found["gains"] = blank_plot("There is one group of steps alone, so nothing to compare it with.")
     return found
 
 
-def _plot(chart: Chart, number: int, table: Sequence[Sequence[Any]] | None = None) -> dict[str, Any]:
+def _other(groups: Sequence[StepGroup], method: str | None) -> StepGroup:
+    """The group that the first one is compared with."""
+    return next((group for group in groups[1:] if group.method == method), groups[1])
+
+
+def _plot(chart: Chart, number: int | str, table: Sequence[Sequence[Any]] | None = None) -> dict[str, Any]:
     layout = {key: value for key, value in chart.figure["layout"].items() if key not in ("height", "font")}
     layout["uirevision"] = f"{number} {layout['uirevision']}"
     return plot_value({"data": chart.figure["data"], "layout": layout}, chart.description, table)
@@ -170,13 +176,14 @@ DIFF_TEMPLATE = (
 )
 
 
-def difference(profile: TraceProfile, phase: str) -> dict[str, Any]:
-    """What the first method launches instead of the second's kernels, and what it no longer launches."""
+def difference(profile: TraceProfile, phase: str, other: str | None = None) -> dict[str, Any]:
+    """What the first method launches instead of another's kernels, and what it no longer launches. other: as in `charts`."""
     groups = profile.of(phase)
     if len(groups) < 2:
         return cells_value({}, {"diff": "absent"})
-    found: TraceDiff = diff(groups[0], groups[1])
-    first, second = (label(group.method) for group in groups[:2])
+    beside = _other(groups, other)
+    found: TraceDiff = diff(groups[0], beside)
+    first, second = label(groups[0].method), label(beside.method)
     changed = found.changed
     more = [change for change in changed if change.calls > change.other_calls]
     fewer = [change for change in changed if change.calls < change.other_calls]

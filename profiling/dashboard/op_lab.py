@@ -26,6 +26,7 @@ from profiling.events import HowFar
 from profiling.op_lab import DTYPES, MOST, OpLabResult, Setting, command_line, model_layers
 from profiling.op_lab_recorded import read_recorded
 from profiling.op_lab_report import report_of
+from profiling.recorded import recordings
 from profiling.report import Report
 
 TAB = "oplab"
@@ -138,6 +139,8 @@ def build_op_lab_tab(tab: gr.Tab, measurements: Measurements, device: Callable[[
         downloads = Downloads("oplab")
     with gr.Column(elem_classes="instrument lab-panel"):
         recorded = LiveCells(views.RECORDED_TEMPLATE, elem_id="oplab-recorded")
+    with gr.Column(elem_classes="instrument lab-panel"):
+        promised = LiveCells(views.GPU_TEMPLATE, elem_id="oplab-gpu")
 
     def choose(name: str | None) -> list[Any]:
         """Another model has other layers; free widths have none."""
@@ -166,7 +169,12 @@ def build_op_lab_tab(tab: gr.Tab, measurements: Measurements, device: Callable[[
     measuring.connect(controls, begin, [verdict, found, table, reproduce, *charts], show)
     measuring.at_the_end(downloads.buttons, lambda measurement: downloads.offer(measurement.work.report()))
     model.input(choose, [model], [layer, widths], **_QUIET)
-    tab.select(lambda: views.recorded(read_recorded(results_folder)), None, [recorded], **_QUIET)
+
+    def opened() -> list[Any]:
+        gpu = recordings(results_folder, "gpu").found
+        return [views.recorded(read_recorded(results_folder)), views.promised_on_a_gpu(gpu)]
+
+    tab.select(opened, None, [recorded, promised], **_QUIET)
 
 
 def _number(value: int, label: str, name: str) -> gr.Number:

@@ -10,10 +10,12 @@ from profiling import op_lab_report
 from profiling.dashboard.live_cells import cells_value
 from profiling.dashboard.live_plot import plot_value
 from profiling.figures import METHOD_STYLES, Chart
+from profiling.gpu.promises import promises
 from profiling.op_lab import MethodPoint, OpLabResult
 from profiling.op_lab_grid import GAP
 from profiling.op_lab_recorded import Recorded, RecordedPoint
 from profiling.op_lab_report import batch_words, count, milliseconds
+from profiling.recorded import Recording
 
 VERDICT_TEMPLATE = '<div class="lab-verdict" data-cell="verdict"></div>'
 TABLE_TEMPLATE = (
@@ -23,6 +25,10 @@ TABLE_TEMPLATE = (
 RECORDED_TEMPLATE = (
     '<h2 class="panel-title" data-cell="heading"></h2><p class="lab-note" data-cell="note"></p>'
     '<div class="table-scroll lab-recorded" data-cell="table" tabindex="0" role="region" aria-label="recorded points"></div>'
+)
+GPU_TEMPLATE = (
+    '<h2 class="panel-title">promised on a GPU, one H200</h2><p class="lab-note" data-cell="note"></p>'
+    '<div class="table-scroll lab-recorded" data-cell="table" tabindex="0" role="region" aria-label="promised on a GPU"></div>'
 )
 _NOTHING = "–"
 _COLUMNS = (
@@ -139,6 +145,26 @@ def recorded(found: Recorded) -> dict[str, Any]:
             "table": f'<table class="figures lab"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>',
         }
     )
+
+
+def promised_on_a_gpu(recordings: Sequence[Recording]) -> dict[str, Any]:
+    """What `python -m profiling gpu` holds against its promises: as the last recording has it, or not yet measured."""
+    figures, note = promises(()), "No GPU has been measured yet: python -m profiling gpu measures one, in eight minutes."
+    for recording in [one for one in recordings if not one.rows[0].get("dry_run")][-1:]:
+        try:
+            figures, note = promises(recording.rows), f"Recorded, not live: {recording.name}, {recording.where}."
+        except (KeyError, TypeError, ValueError, IndexError):
+            note = f"{recording.name} holds rows that `python -m profiling gpu` did not write, and is left out."
+    heads = ("of", "", "measured", "promised", "kept")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    body = ""
+    for figure in figures:
+        part, what, measured, wanted, holds = figure.cells()
+        first = f'<th scope="row">{html.escape(part)}</th>'
+        cells = [what, "not yet measured" if figure.value is None else measured, wanted, holds or _NOTHING]
+        body += f"<tr>{first}{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+    table = f'<table class="figures lab promised"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return cells_value({"note": html.escape(note), "table": table})
 
 
 def _recorded_cells(point: RecordedPoint) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import html
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import gradio as gr
 from flora.engine import Engine
 from flora.errors import RequestError
 from flora.ops import METHODS
+from profiling import hardware
 from profiling.calibration import costs_in_steps
 from profiling.cost_model import MachineCosts
 from profiling.dashboard import sweep_views as views
@@ -29,6 +31,8 @@ from profiling.events import HowFar
 from profiling.figures import METHOD_STYLES
 from profiling.load_command import options_of
 from profiling.load_runs import LoadSettings, sources_of
+from profiling.loading import load_engine
+from profiling.op_lab import DTYPES
 from profiling.report import Note, Report
 from profiling.sweep import Measured, Sweep, SweepResult, SweepSettings
 from profiling.sweep_command import command_line
@@ -42,6 +46,8 @@ TAB = "sweep"
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 MAX_BATCH, MAX_NEW_TOKENS, MAX_PROMPT_TOKENS = 32, 96, 192
 MIN_RATE, MAX_RATE = 0.5, 50.0
+AS_SERVED = "as served"
+WEIGHTS = (AS_SERVED, *DTYPES, "int8")
 NUM_REQUESTS, WARMUP_REQUESTS = 24, 4
 CHART_PX, CROSSING_PX = 210, 300
 _QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -49,7 +55,10 @@ _QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"
 
 @dataclass(frozen=True)
 class Wish:
-    """What a visitor's controls say. prompt_tokens: 0 for prompts as long as they are. RequestError for what makes no sense."""
+    """What a visitor's controls say. RequestError for what makes no sense.
+
+    prompt_tokens: 0 for prompts as long as they are. weights: of WEIGHTS; other than as they serve, the model is loaded once more.
+    """
 
     kind: str
     methods: Sequence[str] = ("flora", "bmm-lora", "sgmv-lora")
@@ -60,6 +69,7 @@ class Wish:
     prompt_tokens: float = 0
     popularity: str = "distinct"
     rate: float = 8.0
+    weights: str = AS_SERVED
     keep: bool = True
 
     def __post_init__(self) -> None:
@@ -84,6 +94,8 @@ class Wish:
                 raise RequestError(f"there is no such {words}: choose among {', '.join(map(str, offered))}")
         if self.popularity not in POPULARITIES:
             raise RequestError(f"there is no such popularity: choose among {', '.join(POPULARITIES)}")
+        if self.weights not in WEIGHTS:
+            raise RequestError(f"there are no such weights: choose among {', '.join(WEIGHTS)}")
 
     def settings(self) -> SweepSettings:
         """What is to be measured; every method's requests are the same."""
@@ -115,18 +127,34 @@ class SweepWork:
         self.predicted = ""
         self._engines, self._kept = engines, kept
 
-    def command(self) -> str:
-        """The `python -m profiling sweep …` that measures the same with the model that serves now."""
+    def _options(self) -> argparse.Namespace:
+        """What `python -m profiling sweep` would be given to load the model that serves now, with these weights."""
         options = options_of({self.wish.kind: self._engines[self.wish.kind]})
         setattr(options, f"{self.wish.kind}_adapters", None)  # it makes its own
         options.max_batch_size = int(self.wish.batch)
-        return command_line(self.settings, options)
+        if self.wish.weights == "int8":
+            options.quantize = "int8"
+        elif self.wish.weights != AS_SERVED:
+            options.dtype, options.quantize = self.wish.weights, None
+        return options
+
+    def command(self) -> str:
+        """The `python -m profiling sweep …` that measures the same with the model that serves now."""
+        return command_line(self.settings, self._options())
+
+    def _own_engine(self, engine: Engine) -> Engine:
+        """Beside the one that serves: of its weights, where it may be, else of the model loaded once more."""
+        batch, options = int(self.wish.batch), self._options()
+        room = {"adapter_slots": batch, "max_waiting": max(NUM_REQUESTS, batch)}
+        if (options.dtype, options.quantize) == (str(engine.dtype).removeprefix("torch."), engine.quantize):
+            return engine.beside(batch, **room)
+        return load_engine(self.wish.kind, options, with_adapters=False, max_batch_size=batch, **room)
 
     def measure(self, should_stop: Callable[[], bool]) -> Iterator[Any]:
-        engine, batch = self._engines[self.wish.kind], int(self.wish.batch)
+        engine = self._engines[self.wish.kind]
         source = sources_of({self.wish.kind: engine})[self.wish.kind]
         source.check(self.settings.load.traffic.prompt_tokens, self.settings.load.traffic.new_tokens)
-        own = engine.beside(batch, adapter_slots=batch, max_waiting=max(NUM_REQUESTS, batch))
+        own = self._own_engine(engine)
         try:
             sweep = Sweep(own, source, self.settings, self.command(), should_stop, rows=self._kept)
             yield sweep.result()
@@ -230,6 +258,10 @@ def build_sweep_tab(
                 0, MAX_PROMPT_TOKENS, first.prompt_tokens, "prompt tokens (0: as the prompts are)", "sweep-prompt-tokens"
             )
             rate = _slider(MIN_RATE, MAX_RATE, first.rate, "latency at so many requests a second", "sweep-rate", step=0.5)
+            with gr.Row(elem_classes="controls one-control"):
+                weights = gr.Dropdown(
+                    list(WEIGHTS), value=AS_SERVED, label="weights", min_width=90, elem_id="sweep-weights", interactive=True
+                )
             keep = gr.Checkbox(
                 label="keep what was measured with the same settings",
                 value=True,
@@ -264,7 +296,8 @@ def build_sweep_tab(
         reproduce = LiveCells(REPRODUCE_TEMPLATE, elem_id="sweep-reproduce")
         downloads = Downloads("sweep")
 
-    controls = [kind, methods, ranks, measures, batch, new_tokens, prompt_tokens, popularity, rate, keep]
+    controls = [kind, methods, ranks, measures, batch, new_tokens, prompt_tokens, popularity, rate, weights, keep]
+    assert len(controls) == len(fields(Wish))
     shown = [top, crossing, *charts, details, reproduce]
 
     def others(session: str) -> dict[str, Sequence[SweepPoint]]:
@@ -286,7 +319,8 @@ def build_sweep_tab(
         facts = device_line()
         if work and points:
             setting = rows[0]["setting"]
-            facts = f"{facts} · batch of {setting['batch']}, {setting['popularity']} adapters, {setting['num_steps']} new tokens"
+            batch = f"batch of {setting['batch']}, {setting['popularity']} adapters, {setting['num_steps']} new tokens"
+            facts = f"{hardware.summary(work.result.environment)} · {batch}"
         return [
             views.said(rows, points, drawn_beside, facts),
             *views.charts(points, wanted, work.settings.load.methods[0] if work else "flora", drawn_beside, number),

@@ -162,11 +162,15 @@ def decode_steps(max_new_tokens: int, repeats: int) -> list[Kept]:
     ]
 
 
-def page_overhead(rounds: int) -> list[Kept]:
-    """The share of tokens/s that an open page with moving charts costs the engine; the promise is for the median."""
-    ratio = open_page.measure(rounds, HALF_S)
+def page_overhead(rounds: int, draws: bool) -> list[Kept]:
+    """The share of tokens/s that an open page with moving charts costs the engine; the promise is for the median.
+
+    draws: also what it costs to draw them, on the engine's cores.
+    """
+    ratio = open_page.measure(rounds, HALF_S, draws)
     lost, least, most = (100 * (1 - part) for part in (ratio.median, ratio.high, ratio.low))
-    what = f"tokens/s lost to an open page with live charts [{least:.1f}, {most:.1f}], {ratio.n} rounds"
+    where = "drawn on the same cores" if draws else "drawn elsewhere"
+    what = f"tokens/s lost to an open page with live charts, {where} [{least:.1f}, {most:.1f}], {ratio.n} rounds"
     return [Kept(what, lost, PAGE_OVERHEAD, "%")]
 
 
@@ -180,7 +184,7 @@ def run(options: argparse.Namespace) -> int:
     parts = {
         "app": lambda: measure(options.max_new_tokens),
         "steps": lambda: decode_steps(options.max_new_tokens, options.repeats),
-        "page": lambda: page_overhead(options.rounds),
+        "page": lambda: page_overhead(options.rounds, options.draw_here),
     }
     promises: list[Kept] = []
     for part in options.part:

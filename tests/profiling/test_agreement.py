@@ -94,6 +94,7 @@ def test_the_command_says_how_often_and_fails_below_what_is_promised(answers, ca
         (["--pairs", "0"], "--pairs must be at least 1"),
         (["--", "load"], "not 'load'"),
         (["--", "compare", "--json", "x"], "leave out --json"),
+        (["--", "oplab", "--dry-run"], "leave out --dry-run"),
     ],
 )
 def test_bad_input_is_one_line(words, said, capsys):

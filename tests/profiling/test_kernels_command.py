@@ -167,6 +167,8 @@ def test_an_opened_trace_is_printed_and_written(tmp_path, capsys):
         (["--methods", "flora", "flora"], "given twice"),
         (["--rows", "0"], "--rows must be from 1 to 64"),
         (["--rank", "500"], "--rank must be from 1 to 128"),
+        (["--steps", "0"], "must be from 1 to"),
+        (["--warmup", "-3"], "must be from 1 to"),
         (["--report", "report.pdf"], "cannot be written as .pdf"),
         (["--trace", "trace.txt"], "ends in .json or .json.gz"),
         (["--open", "missing.json"], "cannot be read: No such file"),

@@ -206,12 +206,24 @@ def test_the_page_is_sent_less_than_2_mb(profiles, tmp_path):
     profile = read_profile(trace.document)
     sent = [
         views.headline(profile, "decode", "live"),
-        views.charts(profile, "decode", None, 1),
+        views.charts(profile, "decode", None, None, 1),
         views.difference(profile, "decode"),
         views.kernels_table(profile, "decode"),
     ]
     assert len(profile.groups) == 4
     assert len(json.dumps(sent)) < 2_000_000
+
+
+def test_the_first_method_is_compared_with_any_of_the_others():
+    trace = fake_trace.FakeTrace()
+    for step, (method, operator) in enumerate({"flora": "mm", "bmm-lora": "bmm", "loop-lora": "index_select"}.items()):
+        trace.annotation(f"step | {method} | decode", 100.0 * step, 90)
+        trace.op(f"aten::{operator}", 100.0 * step, 10.0 * (step + 1), [[8, 4], [4, 4]])
+    profile = read_profile(trace.document)
+    for other, name, operator in ((None, "bmm-LoRA", "bmm"), ("loop-lora", "loop-LoRA", "index_select"), ("?", "bmm-LoRA", "bmm")):
+        assert f"time against {name}" in views.charts(profile, "decode", None, other, 1)["gains"]["summary"]
+        cells = views.difference(profile, "decode", other)["cells"]
+        assert operator in cells["no_longer"] and cells["no_longer_head"].endswith(f"and {name} does")
 
 
 def test_a_recording_is_shown_as_one(profiles):

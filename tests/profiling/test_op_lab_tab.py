@@ -18,6 +18,7 @@ from profiling.dashboard.op_lab import FREE, OpLabWork, setting_of
 from profiling.events import HowFar
 from profiling.op_lab import OpLabResult, Setting, measure
 from profiling.op_lab_recorded import RecordedPoint, read_recorded
+from profiling.recorded import Recording
 from profiling.report import lines_of
 
 CPU = torch.device("cpu")
@@ -128,6 +129,24 @@ def test_what_was_recorded_is_read_and_shown_as_that(result, tmp_path):
     shown = views.recorded(found)["cells"]
     assert shown["heading"] == "recorded, not live" and "2 points, measured on" in shown["note"]
     assert "&lt;i&gt;x" in shown["table"] and "<i>" not in shown["table"]
+
+
+def gpu_recording(**changed) -> Recording:
+    row = {"part": "layers", "method": "flora", "phase": "decode", "d_in": 6144, "batch": 8, "rank": 4, "tokens": 1}
+    row |= {"quantize": None, "over_base": [1.1, 1.05, 1.12], "bandwidth_share": 0.75, "median_s": 1e-4}
+    row |= {"quantiles": {"p10": 1e-4, "p90": 1e-4}, "dry_run": False, "hardware": {"device_name": "<b>a GPU</b>"}}
+    return Recording("gpu_rows", "gpu", "python -m profiling gpu", (row | changed,))
+
+
+def test_what_is_promised_on_a_gpu_is_not_yet_measured_until_it_is():
+    for recorded in ([], [gpu_recording(dry_run=True)]):
+        cells = views.promised_on_a_gpu(recorded)["cells"]
+        assert cells["table"].count("not yet measured") == 8 and "No GPU has been measured yet" in cells["note"]
+    cells = views.promised_on_a_gpu([gpu_recording(over_base=[9.0, 9.0, 9.0]), gpu_recording()])["cells"]
+    assert cells["table"].count("not yet measured") == 6 and "1.1× [1.05×, 1.12×]" in cells["table"] and "75 %" in cells["table"]
+    assert "Recorded, not live: gpu_rows" in cells["note"] and "<b>" not in cells["note"]
+    broken = views.promised_on_a_gpu([gpu_recording(over_base=None)])["cells"]
+    assert broken["table"].count("not yet measured") == 8 and "left out" in broken["note"]
 
 
 def test_a_lead_within_the_gap_is_no_win(result):

@@ -159,6 +159,38 @@ def test_the_verdicts_say_where_the_first_method_stops_being_better(result):
     assert said(worse, "flora") == "In latency at 8 requests/s, fLoRA loses to bmm-LoRA from the lowest rank on, 1."
 
 
+@pytest.mark.parametrize(
+    ("by_rank", "verdict", "headline"),
+    [
+        (
+            [(1.02, 0.9, 1.1), (1.0, 0.9, 1.1), (0.98, 0.9, 1.1)],
+            "not told from bmm-LoRA's beyond noise at any rank up to 16.",
+            "is within noise of bmm-LoRA up to rank 16.",
+        ),
+        (
+            [(2, 1.9, 2.1), (1.2, 1.1, 1.3), (1.05, 0.9, 1.1)],
+            "shorter than bmm-LoRA's up to the highest rank measured, 16, beyond noise up to 7.2.",
+            "is ahead of bmm-LoRA beyond noise up to a rank of 7.2, and does not lose to it up to 16.",
+        ),
+        (
+            [(0.95, 0.9, 1.1), (0.8, 0.7, 0.9), (0.5, 0.4, 0.6)],
+            "not shorter than bmm-LoRA's at any rank measured, beyond noise from 1.9 on.",
+            "loses to bmm-LoRA from the lowest rank on, 1 (beyond noise from 1.9 on).",
+        ),
+        (
+            [(2, 1.9, 2.1), (1.5, 1.4, 1.6), (1.2, 1.1, 1.3)],
+            "shorter than bmm-LoRA's up to the highest rank measured, 16.",
+            "loses to bmm-LoRA at no rank up to 16.",
+        ),
+    ],
+)
+def test_what_the_intervals_leave_open_is_said_as_open(by_rank, verdict, headline):
+    measured = [*rows(STEPS, "flora", r1=2.0, r4=4.0, r16=9.0), *rows(STEPS, "bmm-lora", by_rank, r1=4.0, r4=4.0, r16=4.5)]
+    found = points_of(measured)
+    assert sweep_report.verdicts(found, "flora") == [f"Decode step: fLoRA's is {verdict}"]
+    assert sweep_report.headline(found, "flora") == f"In decode steps, fLoRA {headline}"
+
+
 def test_the_table_has_a_line_per_rank_and_method_and_marks_what_is_over_saturated(result):
     heads, lines = sweep_report.table(result.points)
     assert heads == ["rank", "method", "step ms", "step / the first's", "tokens/s", "s/token at 8/s"] and len(lines) == 6

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from fake_costs import fake_costs
 
 from flora.errors import RequestError
@@ -39,6 +40,7 @@ WISH = Wish("code", ranks=(2, 1), measures=(STEP_TIME,), batch=2, new_tokens=4, 
         ({"prompt_tokens": -1}, "prompt tokens"),
         ({"rate": float("nan")}, "rate"),
         ({"popularity": "magic"}, "no such popularity"),
+        ({"weights": "int3"}, "no such weights"),
     ],
 )
 def test_controls_that_make_no_sense_are_refused(changes, words):
@@ -84,12 +86,23 @@ def test_what_is_measured_already_is_kept_and_said(swept, engines):
         list(SweepWork(engines, WISH, swept.rows).measure(lambda: False))
 
 
+def test_other_weights_are_those_of_the_model_loaded_once_more(engines):
+    work = SweepWork(engines, replace(WISH, weights="bfloat16", ranks=(1,)), ())
+    for event in work.measure(threading.Event().is_set):
+        if hasattr(event, "rows"):
+            work.take(event)
+    assert len(work.rows) == 3 and {row["setting"]["model"]["dtype"] for row in work.rows} == {"bfloat16"}
+    assert "--dtype bfloat16" in work.command() and engines["code"].dtype == torch.float32
+    assert "--quantize int8" in SweepWork(engines, replace(WISH, weights="int8"), ()).command()
+    assert "--dtype" not in SweepWork(engines, replace(WISH, weights="float32"), ()).command().replace("--dtype float32", "")
+
+
 def test_what_is_shown_has_its_place_and_says_whether_it_is_live(swept):
     beside = [Beside("recorded: <b> (a machine)", swept.points)]
     live = views.said(swept.rows, swept.points, (), "a CPU")
-    assert "fLoRA loses to" in live["cells"]["headline"] and live["cells"]["facts"] == "a CPU · live, measured here"
+    assert "In decode steps, fLoRA " in live["cells"]["headline"] and live["cells"]["facts"] == "a CPU · live, measured here"
     recorded = views.said((), (), beside, "a CPU")
-    assert "fLoRA loses to" in recorded["cells"]["headline"] and "&lt;b&gt;" in recorded["cells"]["facts"]
+    assert "In decode steps, fLoRA " in recorded["cells"]["headline"] and "&lt;b&gt;" in recorded["cells"]["facts"]
     assert "not measured here" in recorded["cells"]["facts"] and "Press Sweep" in views.said((), (), (), "")["cells"]["headline"]
     for value, template in (
         (live, views.HEADLINE_TEMPLATE),
