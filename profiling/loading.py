@@ -18,6 +18,7 @@ from flora.engine import Engine
 from flora.engine.device import apart
 from flora.errors import AdapterError, ModelError, RequestError
 from flora.formats import Adapter, read_adapter
+from flora.models import KNOWN_MODELS
 from flora.names import public_name
 from flora.ops import FAMILY
 from flora.random_adapters import FAMILIES, RandomAdapters
@@ -55,6 +56,13 @@ def load_engine(kind: str, options: argparse.Namespace, with_adapters: bool = Tr
     if engine.kind != kind:
         raise ModelError(f"--{kind}-model names the {engine.kind} model {engine.name!r}: give a {kind} model")
     return _with_random_adapters(engine, options) if with_adapters else engine
+
+
+def source_of(engine: Engine) -> str:
+    """What loads the model of this engine again, wherever that is done: its folder, seen from anywhere, or its name or hub id."""
+    given = engine.model.name_or_path
+    is_folder = bool(given) and Path(given).is_dir() and engine.name not in KNOWN_MODELS
+    return str(Path(given).resolve()) if is_folder else engine.name
 
 
 def load_chosen(name: str, kind: str | None, options: argparse.Namespace) -> Engine:

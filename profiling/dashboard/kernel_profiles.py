@@ -17,13 +17,13 @@ import torch
 
 from flora.engine import Engine
 from flora.errors import RequestError
-from flora.models import KNOWN_MODELS
 from flora.names import public_name
 from profiling import workload
 from profiling.compare import checked_methods
 from profiling.dashboard.trace_exports import ServedTrace, ServedTraces
 from profiling.events import HowFar
 from profiling.load_runs import servable_by
+from profiling.loading import source_of
 from profiling.options import weight_words
 from profiling.profile_job import PROFILE, TRACE, JobFailed, OpenJob, RecordJob, do
 from profiling.recorded import Recording, recordings
@@ -191,11 +191,9 @@ class KernelProfiles:
         # Random adapters lie nowhere: the other process makes some of the same rank.
         lies = all(Path(source.partition("#")[0]).exists() or source.count("/") == 1 for own in sources.values() for source in own)
         rank = wish.rank or (None if lies else max(max(engine.adapters[tag].ranks.values()) for tag in sources))
-        here = Path(engine.model.name_or_path or ".")
-        is_folder = bool(engine.model.name_or_path) and here.is_dir() and engine.name not in KNOWN_MODELS
         return RecordJob(
             kind=wish.kind,
-            model=str(here.resolve()) if is_folder else engine.name,
+            model=source_of(engine),
             adapters={tag: [_absolute(one) for one in own] for tag, own in sources.items()},
             methods=list(wish.methods),
             rows=int(wish.rows),

@@ -43,7 +43,8 @@ from profiling.traffic import POPULARITIES, EndlessTraffic, Lengths, Source, Tra
 
 logger = logging.getLogger(__name__)
 
-UPDATE_S = 0.5  # how often a sample is taken, and how often the page asks for what is new
+SAMPLE_EVERY_S = 0.5
+UPDATE_S = 1.0  # how often the page asks for what is new: each answer takes some 20 ms of a core from the engine
 MAX_S = 600.0  # a load stops itself after so long
 MAX_LOADS = 6  # visitors that send load at once
 MIN_RATE, MAX_RATE = 0.5, 50.0  # requests a second
@@ -224,7 +225,7 @@ class LiveLoads:
                 endless,
                 duration_s=MAX_S,
                 session=session,
-                sample_every_s=UPDATE_S,
+                sample_every_s=SAMPLE_EVERY_S,
                 num_records=NUM_RECORDS,
             )
             driver.set_rate(wish.rate)

@@ -1,4 +1,4 @@
-// Draws value.data and value.layout on one node with Plotly.react, so that the visitor's zoom survives every update.
+// Draws the figure in value.json on one node with Plotly.react, so that the visitor's zoom survives every update.
 const host = element.querySelector('[data-plot]');
 const caption = element.querySelector('[data-caption]');
 // One copy of plotly.js for all live plots, under its own name: gr.Plot ships another version and overwrites window.Plotly.
@@ -68,18 +68,23 @@ const config = (plotly, layout) => ({
 });
 let listening = false;
 let dragging = false;
+let known = { json: null, figure: null };
+const given = () => {
+  const json = props.value?.json ?? null;
+  if (json !== known.json) known = { json, figure: json && JSON.parse(json) };
+  return known.figure;
+};
 const draw = async () => {
-  const figure = props.value;
-  if (!figure || !figure.data || dragging) return;
+  const figure = given();
+  if (!figure || dragging) return;
   if (figure.summary && caption.textContent !== figure.summary) {
     caption.textContent = figure.summary;
     host.setAttribute('aria-label', figure.summary);
   }
   try {
     const plotly = await window.floraPlotly;
-    if (figure !== props.value || dragging) return;
-    // Plotly writes into what it is given: hand it a copy, gradio compares the original with the next value.
-    const { data, layout } = JSON.parse(JSON.stringify(figure));
+    if (figure !== given() || dragging) return;
+    const { data, layout } = JSON.parse(known.json); // a copy: Plotly writes into what it is given
     await plotly.react(host, data, still(data, zoomed(themed(layout))), config(plotly, layout));
     if (!listening) {
       listening = true;
@@ -92,11 +97,12 @@ const draw = async () => {
 };
 // What the chart shows, as lines: the table that came with it, else its points.
 const lines = () => {
-  if (props.value.table) return props.value.table;
-  const layout = props.value.layout || {};
+  const figure = given();
+  if (figure.table) return figure.table;
+  const { data, layout } = figure;
   const title = (axis, fallback) => (axis && axis.title && (axis.title.text ?? axis.title)) || fallback;
   const found = [['series', title(layout.xaxis, 'x'), title(layout.yaxis, 'y')]];
-  for (const trace of props.value.data || []) {
+  for (const trace of data) {
     (trace.x || []).forEach((x, i) => found.push([trace.name || '', x, trace.y[i]]));
   }
   return found;

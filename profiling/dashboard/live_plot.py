@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 import plotly
 from gradio.route_utils import API_PREFIX
+from plotly.io.json import to_json_plotly
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -77,5 +78,9 @@ class LivePlot(gr.HTML):
         )
         super().__init__(value=value, html_template=template, js_on_load=_JS_ON_LOAD, apply_default_css=False, **keywords)
 
+    def postprocess(self, value: dict[str, Any] | None) -> dict[str, str] | None:
+        """As one text: gradio looks at every value that it sends, and the browser at every value that it gets, point by point."""
+        return None if value is None else {"json": to_json_plotly(value)}
+
     def api_info(self) -> dict[str, Any]:
-        return {"type": "object", "properties": {"data": {}, "layout": {}, "summary": {"type": "string"}, "table": {}}}
+        return {"type": "object", "properties": {"json": {"type": "string"}}}

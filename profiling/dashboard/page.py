@@ -39,6 +39,7 @@ from profiling.dashboard.uploads import MAX_UPLOAD_BYTES
 
 TITLE = "fLoRA Live"
 MAX_QUEUE = 20  # events that gradio keeps waiting, beyond the runs in line for the device
+QUEUE_LOOKS_EVERY_S = 0.02  # gradio looks into an empty queue a thousand times a second, on a core that the engine needs
 MAX_THREADS = 60  # every run in line holds one, the rest answers clicks
 MAX_CLIP_BYTES = 10 * 1000**2
 
@@ -136,6 +137,7 @@ def build(
 
         demo.unload(forget)
     demo.queue(max_size=MAX_QUEUE, default_concurrency_limit=None)
+    demo._queue.sleep_when_free = QUEUE_LOOKS_EVERY_S
     return demo
 
 

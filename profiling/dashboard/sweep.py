@@ -31,7 +31,7 @@ from profiling.events import HowFar
 from profiling.figures import METHOD_STYLES
 from profiling.load_command import options_of
 from profiling.load_runs import LoadSettings, sources_of
-from profiling.loading import load_engine
+from profiling.loading import load_engine, source_of
 from profiling.op_lab import DTYPES
 from profiling.report import Note, Report
 from profiling.sweep import Measured, Sweep, SweepResult, SweepSettings
@@ -148,6 +148,7 @@ class SweepWork:
         room = {"adapter_slots": batch, "max_waiting": max(NUM_REQUESTS, batch)}
         if (options.dtype, options.quantize) == (str(engine.dtype).removeprefix("torch."), engine.quantize):
             return engine.beside(batch, **room)
+        setattr(options, f"{self.wish.kind}_model", source_of(engine))
         return load_engine(self.wish.kind, options, with_adapters=False, max_batch_size=batch, **room)
 
     def measure(self, should_stop: Callable[[], bool]) -> Iterator[Any]:

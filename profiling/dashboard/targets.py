@@ -33,7 +33,7 @@ from profiling.loading import set_threads
 PROMISES = {"first page": 15.0, "ready batch": 15.0, "peak memory": 2000.0}
 UNITS = {"first page": "s", "ready batch": "s", "peak memory": "MB"}
 PAGE_OVERHEAD = 5.0  # percent of tokens/s, at most
-HALF_S = 6.0  # of a round, with a page and without
+HALF_S = 2.0  # of a round, with a page and without
 DECODE_STEP = 2.0  # at most so many times the bare base model's, on the ready batch
 
 

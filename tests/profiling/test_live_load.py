@@ -247,7 +247,7 @@ def test_a_request_of_ones_own_is_answered_in_everybodys_batch(engines, loads):
 
 def test_a_request_of_ones_own_comes_as_it_is_written_and_alone_it_says_so(engines, loads, monkeypatch):
     monkeypatch.setattr(own_request, "UPDATE_S", 0.02)
-    engines["code"].step_s = 0.03
+    engines["code"].step_s = 0.1
     *texts, last = [value["cells"]["answer"].count("x") for value in loads.answer("me", "f(", None, "flora", 5)]
     assert texts == sorted(texts) and len(set(texts)) > 2 and last == 5
     words = own_value(loads, method="merged")[0]["cells"]["words"]

@@ -169,8 +169,8 @@ def test_the_verdicts_say_where_the_first_method_stops_being_better(result):
         ),
         (
             [(2, 1.9, 2.1), (1.2, 1.1, 1.3), (1.05, 0.9, 1.1)],
-            "shorter than bmm-LoRA's up to the highest rank measured, 16, beyond noise up to 7.2.",
-            "is ahead of bmm-LoRA beyond noise up to a rank of 7.2, and does not lose to it up to 16.",
+            "shorter than bmm-LoRA's up to the highest rank measured, 16, beyond noise up to 7.7.",
+            "is ahead of bmm-LoRA beyond noise up to a rank of 7.7, and does not lose to it up to 16.",
         ),
         (
             [(0.95, 0.9, 1.1), (0.8, 0.7, 0.9), (0.5, 0.4, 0.6)],

@@ -1,0 +1,17 @@
+"""What an open page costs the engine, measured as the server sees a page: that it is really asked for charts, and says so where not."""
+
+import pytest
+
+from flora.errors import FloraError
+from profiling.dashboard import page_overhead
+
+
+def test_the_charts_are_asked_for_and_move(monkeypatch):
+    monkeypatch.setattr(page_overhead, "SETTLE_S", 0.0)
+    monkeypatch.setattr(page_overhead, "UPDATE_S", 0.2)
+    ratio = page_overhead.measure(2, 1.0)
+    assert ratio.n == 2 and 0.05 < ratio.median < 20
+    # A page whose answers hold no charts would cost nothing.
+    monkeypatch.setattr(page_overhead, "SMALLEST", 10**9)
+    with pytest.raises(FloraError, match="did not move: [1-9][0-9]* answers where"):
+        page_overhead.measure(1, 0.5)
