@@ -155,13 +155,14 @@ def promised_on_a_gpu(recordings: Sequence[Recording]) -> dict[str, Any]:
             figures, note = promises(recording.rows), f"Recorded, not live: {recording.name}, {recording.where}."
         except (KeyError, TypeError, ValueError, IndexError):
             note = f"{recording.name} holds rows that `python -m profiling gpu` did not write, and is left out."
-    heads = ("of", "", "measured", "promised", "kept")
+    heads = ("promise", "measured", "promised", "kept")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     body = ""
     for figure in figures:
-        part, what, measured, wanted, holds = figure.cells()
-        first = f'<th scope="row">{html.escape(part)}</th>'
-        cells = [what, "not yet measured" if figure.value is None else measured, wanted, holds or _NOTHING]
+        _, what, measured, wanted, holds = figure.cells()
+        what = f"the same: {what.strip()}" if what.startswith(" ") else what  # on paper, it stands indented below
+        first = f'<th scope="row">{html.escape(what)}</th>'
+        cells = ["not yet measured" if figure.value is None else measured, wanted, holds or _NOTHING]
         body += f"<tr>{first}{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
     table = f'<table class="figures lab promised"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return cells_value({"note": html.escape(note), "table": table})

@@ -1,9 +1,17 @@
 """What an open page costs the engine, measured as the server sees a page: that it is really asked for charts, and says so where not."""
 
+import gradio as gr
 import pytest
 
 from flora.errors import FloraError
-from profiling.dashboard import page_overhead
+from profiling.dashboard import page, page_overhead
+
+
+def test_an_empty_queue_is_looked_into_as_seldom_as_is_set():
+    """It is gradio's own setting, under a name that it does not promise."""
+    with gr.Blocks() as plain:
+        assert 0 < plain.queue()._queue.sleep_when_free < page.QUEUE_LOOKS_EVERY_S
+    assert page.build({})._queue.sleep_when_free == page.QUEUE_LOOKS_EVERY_S
 
 
 def test_the_charts_are_asked_for_and_move(monkeypatch):
