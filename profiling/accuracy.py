@@ -310,25 +310,3 @@ def scores_frame(scores: Iterable[Score]) -> pandas.DataFrame:
     if not records:
         return pandas.DataFrame(columns=[field.name for field in fields(Score)])
     return pandas.json_normalize(records)
-
-
-def paper_frame() -> pandas.DataFrame:
-    """The paper's tables, a row per number: task, model, benchmark, language, method, metric, per_cent."""
-    import pandas
-
-    return pandas.DataFrame(
-        [
-            {
-                "task": table.task,
-                "model": table.model,
-                "benchmark": table.benchmark,
-                "language": tag,
-                "method": method,
-                "metric": METRICS[table.task][0],
-                "per_cent": value,
-            }
-            for table in PAPER_TABLES
-            for tag, row in table.values.items()
-            for method, value in row.items()
-        ]
-    )

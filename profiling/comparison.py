@@ -39,10 +39,6 @@ class MethodFigures:
     by_kind: dict[str, MethodFigures] = field(default_factory=dict)
 
     @property
-    def tokens_per_s_by_kind(self) -> dict[str, float | None]:
-        return {kind: figures.tokens_per_s for kind, figures in self.by_kind.items()}
-
-    @property
     def agrees(self) -> bool | None:
         """Whether every checked token is the reference's; None where none was checked."""
         return None if self.agreement is None else self.agreement.agrees

@@ -63,7 +63,7 @@ def test_every_figure_follows_from_the_steps(fake):
     assert result.ratio.median == pytest.approx(1.5), "prefill does not count"
     assert (result.ratio.n, result.num_steps, result.warmup_steps) == (4, 4, 2)
     assert flora.ranks == (1, 1, 1) and bmm.ranks == (4, 4, 4)
-    assert flora.tokens_per_s_by_kind == {"code": flora.tokens_per_s}
+    assert {kind: own.tokens_per_s for kind, own in flora.by_kind.items()} == {"code": flora.tokens_per_s}
     assert flora.ratio_to_first is None and bmm.ratio_to_first == result.ratio
 
 

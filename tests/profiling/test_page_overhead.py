@@ -1,4 +1,4 @@
-"""What an open page costs the engine, measured as the server sees a page: that it is really asked for charts, and says so where not."""
+"""What an open page costs the engine, as the server sees a page: charts are really asked for, and it says so where they are not."""
 
 import gradio as gr
 import pytest

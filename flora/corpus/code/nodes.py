@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-TYPES = ("int", "bool", "text", "ints", "texts")
-
 
 @dataclass(frozen=True)
 class Name:
