@@ -32,6 +32,7 @@ from profiling.dashboard.models import ModelDesk
 from profiling.dashboard.models_tab import build_models_tab
 from profiling.dashboard.op_lab import build_op_lab_tab
 from profiling.dashboard.policy import Policy
+from profiling.dashboard.recorded_runs import COMPARISONS, LOADS, build_recorded_panel
 from profiling.dashboard.sweep import build_sweep_tab
 from profiling.dashboard.theme import CSS_FILE, theme
 from profiling.dashboard.upload_quota import UploadQuota
@@ -107,10 +108,12 @@ def build(
             with gr.Tabs(elem_classes="tabs"):
                 with gr.Tab("Compare", id="compare") as compare_tab:
                     followers = [build_compare_tab(engines, device, stops)]
+                    build_recorded_panel(compare_tab, results, "compare", COMPARISONS)
                 selected, changes = [compare_tab.select], []
                 if engines:
                     with gr.Tab("Live load", id="live-load") as load_tab:
                         followers += build_live_load_tab(loads, line)
+                        build_recorded_panel(load_tab, results, "load", LOADS)
                     with gr.Tab("Kernels", id="kernels") as kernels_tab:
                         build_kernels_tab(kernels_tab, profiles, measurements)
                     with gr.Tab("Sweep", id="sweep") as sweep_tab:
