@@ -108,12 +108,12 @@ def build(
             with gr.Tabs(elem_classes="tabs"):
                 with gr.Tab("Compare", id="compare") as compare_tab:
                     followers = [build_compare_tab(engines, device, stops)]
-                    build_recorded_panel(compare_tab, results, "compare", COMPARISONS)
+                    build_recorded_panel(results, "compare", COMPARISONS)
                 selected, changes = [compare_tab.select], []
                 if engines:
                     with gr.Tab("Live load", id="live-load") as load_tab:
                         followers += build_live_load_tab(loads, line)
-                        build_recorded_panel(load_tab, results, "load", LOADS)
+                        build_recorded_panel(results, "load", LOADS)
                     with gr.Tab("Kernels", id="kernels") as kernels_tab:
                         build_kernels_tab(kernels_tab, profiles, measurements)
                     with gr.Tab("Sweep", id="sweep") as sweep_tab:

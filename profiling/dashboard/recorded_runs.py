@@ -18,7 +18,6 @@ _TEMPLATE = (
     '<div class="recorded-runs" data-cell="runs" tabindex="0" role="region" aria-label="recorded, not live"></div>'
 )
 _NOTHING = "–"
-_QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 class Column(NamedTuple):
@@ -65,15 +64,11 @@ LOADS = (
 )
 
 
-def build_recorded_panel(tab: gr.Tab, folder: Path, measurement: str, columns: Sequence[Column]) -> None:
-    """Lay out the panel; it is filled anew whenever the tab is opened. measurement: the sub-command, such as "compare"."""
-
-    def fill() -> dict[str, Any]:
-        return recorded_runs(recordings(folder, measurement).found, measurement, columns)
-
+def build_recorded_panel(folder: Path, measurement: str, columns: Sequence[Column]) -> None:
+    """Lay out the panel with what is recorded when the page is built. measurement: the sub-command, such as "compare"."""
+    value = recorded_runs(recordings(folder, measurement).found, measurement, columns)
     with gr.Column(elem_classes="instrument lab-panel"):
-        panel = LiveCells(_TEMPLATE, fill(), elem_id=f"{measurement}-recorded")
-    tab.select(fill, None, [panel], **_QUIET)
+        LiveCells(_TEMPLATE, value, elem_id=f"{measurement}-recorded")
 
 
 def recorded_runs(found: Sequence[Recording], measurement: str, columns: Sequence[Column]) -> dict[str, Any]:
