@@ -341,7 +341,7 @@ def _add_targets(commands: argparse._SubParsersAction) -> None:
         "targets",
         help="the app against its promises: first page, ready batch, memory, decode step beside the base model's, an open page",
         description="Start the app in a process of its own, run the ready batch, compare decode steps with the base model's, and "
-        "tokens/s with and without an open page in a real browser, which needs playwright and Chromium.",
+        "tokens/s with and without an open page; --draw-here has a real browser draw it, which needs playwright and Chromium.",
     )
     parts = ["app", "steps", "page"]
     targets.add_argument("--part", nargs="+", choices=parts, default=parts, metavar="PART", help=f"default: {' '.join(parts)}")
