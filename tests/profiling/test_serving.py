@@ -26,7 +26,7 @@ def test_a_figure_is_held_against_its_target():
 def test_the_command_measures_every_part_and_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(serving, "MANY_ADAPTERS", 20)
     monkeypatch.setattr(serving, "BATCH", 4)
-    monkeypatch.setattr(serving, "ROUNDS_OF_LOAD", 2)
+    monkeypatch.setattr(serving, "ROUNDS_OF_LOAD", 1)
     monkeypatch.setattr(serving, "NUM_ADAPTERS", 2)
     path = tmp_path / "serving.jsonl"
     code = main(["serving", "--rounds", "1", "--max-new-tokens", "8", "--threads", "1", "--json", str(path)])
