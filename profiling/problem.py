@@ -31,7 +31,8 @@ class Problem:
     """A layer d_in → d_out and a batch of rows of `length` tokens, row i with the adapter in slots[i].
 
     kind: of KINDS; int8 as bitsandbytes stores it, whole numbers and a scale for each output. ranks: true rank by slot, 0 for the
-    identity. kernels: `flora.kernels`, None where PyTorch serves every method.
+    identity. kernels: `flora.kernels`, None where PyTorch serves every method. with_bias: whether the layer has one. by_input: whether
+    each input's column of the weight lies in one piece, as transformers' `Conv1D` has it.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class Problem:
         d_out: int,
         ranks: Sequence[int],
         seed: int,
+        with_bias: bool = False,
+        by_input: bool = False,
     ) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         self.kernels, self.dtype = kernels, KINDS[kind]
@@ -58,9 +61,10 @@ class Problem:
         if kind == "int8":
             self.scales = self.weight.float().abs().amax(1)
             self.weight = (self.weight.float() * (127 / self.scales[:, None])).round().to(torch.int8)
-        elif device.type == "cpu" and self.dtype == torch.float32:
+        elif by_input or (device.type == "cpu" and self.dtype == torch.float32):
             self.weight = stored_by_input(self.weight)
         self.A, self.B = normal(len(ranks), stride, d_in), normal(len(ranks), stride, d_out)
+        self.bias = normal(d_out) if with_bias else None
         self.routing = ops.route(slots, ranks, stride, device)
         self._identities: dict[int, ops.Routing] = {}
 
@@ -81,18 +85,18 @@ class Problem:
         The products around an int8 weight are those of our own kernel, without an adapter.
         """
         if method == "base":
-            return partial(self.product, self.x)
+            return partial(self._base, self.x)
         form = self.form_of(method)
         if form is not None:
-            return partial(self.kernels.serve, form, self.x, *(self._matrix, self.product, self.A, self.B, self.routing))
+            return partial(self.kernels.serve, form, self.x, *(self._matrix, self.product, self.A, self.B, self.routing, self.bias))
         routing = self.routing
         if method == GATHERED:
             method, routing = "bmm-lora", routing.for_one_layer()
         if self.scales is None:
             function = ops.function_of(method)
-            return partial(function, self.x, self.weight, self.A, self.B, routing.slots, None, routing)
+            return partial(function, self.x, self.weight, self.A, self.B, routing.slots, self.bias, routing)
         around = ops.around_function_of(method)
-        return None if around is None else partial(around, self.product, self.x, self.A, self.B, routing)
+        return None if around is None else partial(around, self.product, self.x, self.A, self.B, routing, self.bias)
 
     def laid_out_anew(self) -> Problem:
         """The same numbers elsewhere in memory."""
@@ -100,9 +104,18 @@ class Problem:
         other.x, other.weight, other.A, other.B = (one.clone() for one in (self.x, self.weight, self.A, self.B))
         return other
 
+    def beside(self) -> Problem:
+        """Another layer for the same rows: its weight and factors lie elsewhere in memory, the rows where they lay."""
+        other = copy.copy(self)
+        other.weight, other.A, other.B = (one.clone() for one in (self.weight, self.A, self.B))
+        return other
+
     @property
     def _matrix(self) -> tuple[Tensor, Tensor | None]:
         return self.weight, self.scales
+
+    def _base(self, x: Tensor) -> Tensor:
+        return self.product(x) if self.bias is None else self.product(x) + self.bias
 
     def product(self, x: Tensor) -> Tensor:
         """x (n, l, d_in) @ weight.T."""
@@ -136,4 +149,8 @@ class Problem:
         reference = ops.flora_reference if family == "flora" else ops.lora_reference
         numbers = (self.x[rows, tokens].double(), weight, A, B)
         slots = self.routing.slots[rows]
-        return reference(*numbers, slots), reference(*(one.abs() for one in numbers), slots)
+        y, size = reference(*numbers, slots), reference(*(one.abs() for one in numbers), slots)
+        if self.bias is None:
+            return y, size
+        bias = self.bias[outputs].double()
+        return y + bias, size + bias.abs()

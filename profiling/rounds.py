@@ -7,7 +7,7 @@ weight in the cache, and the call after one that writes much would wait for that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 WARMUP_ROUNDS = 2
 CPU_CACHE_MULTIPLE = 2
 CACHED_LAYERS = 64  # a model of so many layers that fits into the last cache stays there
+MOST_TOLD = 200  # letters of an error
 FLUSHED_BYTES = 256 << 20  # at least; several times the L2 of any GPU, and a head start for the host
 
 
@@ -82,12 +83,36 @@ def cached_weight_bytes(device: torch.device) -> int:
     return peaks.last_cache_bytes() // CACHED_LAYERS if device.type == "cpu" else 0
 
 
-def captured(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], str]:
-    """A call to repeat, and how it is launched: by a "graph", or "eager" where there are none or it cannot be captured."""
+def captured(call: Callable[[], Tensor], device: torch.device, capture: CudaCapture | None = None) -> tuple[Callable[[], object], str]:
+    """A call to repeat, and how it is launched: by a "graph", or "eager" where there are none; where it cannot be captured, "eager:"
+    and why. capture: one that others were captured by, with which it then shares memory; None: one of its own.
+
+    Raises what the call itself raises, and OutOfMemoryError, which says nothing about whether it can be captured.
+    """
     call()  # compiles its kernels
     if device.type != "cuda":
         return call, "eager"
     try:
-        return CudaCapture(device)(call).replay, "graph"
-    except RuntimeError:  # what waits for the device cannot be captured; the row says that it was not
-        return call, "eager"
+        return (capture or CudaCapture(device))(call).replay, "graph"
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # what waits for the device cannot be captured; the row says so
+        return call, f"eager: {first_line(error)}"
+
+
+def in_a_row(calls: Sequence[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    """All of them as one call, that returns what the last one does: what a launch costs is then shared by many."""
+
+    def work() -> Tensor:
+        for call in calls[:-1]:
+            call()
+        return calls[-1]()
+
+    return work
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, for a row: the kind of error, and the first line of what it says, without a path."""
+    says = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    words = " ".join(word.rsplit("/", 1)[-1] if word.count("/") > 1 else word for word in says.split())
+    return f"{type(error).__name__}: {words[:MOST_TOLD]}" if words else type(error).__name__
