@@ -457,16 +457,23 @@ def _add_gpu(commands: argparse._SubParsersAction) -> None:
         "gpu",
         help="everything on a GPU, in minutes and without a network: kernels, single layers, whole models",
         description="Check every kernel against float64, measure single layers and whole models of the paper's shapes with random "
-        "weights, and hold what was found against what is promised. Needs a GPU; --dry-run takes every path on a CPU. Exit 1 where "
-        "a kernel is wrong or a promise is not kept.",
+        "weights, and hold what was found against what is promised. --part figures measures throughput and latency by rank, as in "
+        "the paper's Figures 2 and 3, in a run of its own. Needs a GPU; --dry-run takes every path on a CPU. Exit 1 where a kernel "
+        "is wrong, something could not be measured, or a promise is not kept.",
     )
-    parts = ["kernels", "layers", "models"]
-    gpu.add_argument("--part", nargs="+", choices=parts, default=parts, metavar="PART", help=f"default: {' '.join(parts)}")
+    parts, default = ["kernels", "layers", "models", "figures"], ["kernels", "layers", "models"]
+    gpu.add_argument(
+        "--part", nargs="+", choices=parts, default=default, metavar="PART", help=f"also: figures; default: {' '.join(default)}"
+    )
     gpu.add_argument("--minutes", type=float, default=8.0, metavar="N", help="for everything; the rest is left out; default: 8")
     gpu.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, kernels interpreted: nothing is measured")
-    gpu.add_argument("--fresh", action="store_true", help="measure what the hardware allows anew")
     gpu.add_argument("--seed", type=int, default=0, metavar="N")
-    gpu.add_argument("--json", metavar="FILE", help="write JSONL rows as they come: what was measured before an end is kept")
+    gpu.add_argument(
+        "--json",
+        metavar="FILE",
+        help="where JSONL rows go as they come, so that what was measured before an end is kept; never over a file that is there; "
+        "default: gpu_ and the device's name, in this folder, such as gpu_nvidia_h200.jsonl",
+    )
 
 
 FILES = ("json", "csv", "per_request", "report", "resume", "trace")

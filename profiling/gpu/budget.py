@@ -1,9 +1,12 @@
-"""Time that is given out: to parts of a run, and to the many points of one, so that it ends when it should."""
+"""Time that is given out: to parts of a run, to the many points of one, and to pieces of work that are like earlier ones, so that it
+ends when it should.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class Budget:
@@ -56,3 +59,22 @@ class Pace:
         self._num_repeats += repeats
         self._repeats_s += repeats_s
         self._fixed_s += total_s - repeats_s
+
+
+class Longest:
+    """How long each kind of work took so far, at the longest: whether another one still fits."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock, self._seconds = clock, {}
+
+    def expected_s(self, work: str) -> float:
+        """0 for what was never done."""
+        return self._seconds.get(work, 0.0)
+
+    @contextmanager
+    def timed(self, work: str) -> Iterator[None]:
+        started = self._clock()
+        try:
+            yield
+        finally:
+            self._seconds[work] = max(self.expected_s(work), self._clock() - started)

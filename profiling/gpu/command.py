@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,12 +25,14 @@ from flora.errors import RequestError
 from profiling import hardware, peaks, report
 from profiling.document import text_table
 from profiling.gpu import kernel_check, layers, models, promises
+from profiling.gpu.board import board_facts
 from profiling.gpu.budget import Budget
-from profiling.gpu.session import Session
+from profiling.gpu.session import DeviceLostError, Session
 from profiling.problem import GATHERED
 
-WEIGHTS = {"kernels": 1.5, "layers": 2.5, "models": 6.0}
-"""Of each part's share of the time."""
+WEIGHTS = {"kernels": 1.5, "layers": 2.5, "models": 6.0, "figures": 6.0}
+"""Of each part's share of the time, in their order."""
+DEFAULT_PARTS = ("kernels", "layers", "models")
 TABLE_METHODS = ("flora", "bmm-lora", GATHERED, "sgmv-lora", "loop-lora")
 PRINTED_WIDTHS = (6144,)
 """Of the table of layers: there are hundreds of settings, which are all in the rows."""
@@ -37,7 +40,8 @@ NOTHING_MEASURED = "dry run: every path was taken, with tiny shapes on the CPU; 
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check, measure, print and write; 0 for done, 1 where a kernel is wrong or a promise is not kept, 130 when interrupted.
+    """Check, measure, print and write; 0 for done, 1 where a kernel is wrong, something failed or a promise is not kept, 130 when
+    interrupted. What was measured until then is written and held against the promises in any case.
 
     Raises a FloraError for bad input, and where there is no GPU.
     """
@@ -48,18 +52,25 @@ def run(options: argparse.Namespace) -> int:
     kernels, device = _kernels(options.dry_run)
     budget = Budget(60 * options.minutes)
     transformers_logging.disable_progress_bar()
-    with _rows_file(options.json) as file:
+    with _rows_file(_path(options, device)) as file:
         session = _session(options, device, file)
         print(hardware.summary(session.facts["hardware"]), peaks.table(session.peaks), sep="\n\n", end="\n\n", flush=True)
-        session.record("hardware", {"measures": "peaks", **session.peaks.as_row()})
+        session.record("hardware", {"measures": "peaks", **session.peaks.as_row(), "board": board_facts(device)})
+        code = 0
         try:
-            is_right = _measure(session, kernels, options.part, budget)
+            _measure(session, kernels, options.part, budget)
+            session.record("hardware", {"measures": "board", "board": board_facts(device)})
         except KeyboardInterrupt:
             print("interrupted: what was measured before is kept")
-            return 130
-        if not is_right:
-            return 1
-        return _promises(session)
+            code = 130
+        except DeviceLostError as lost:
+            print(f"the GPU answers no more, so all else is left out: {lost}")
+            code = 1
+        finally:
+            kept = _promises(session)
+        if session.num_failed:
+            print(f"{session.num_failed} measurements failed; each has a row, and a line above")
+        return code or int(not kept or session.num_failed > 0)
 
 
 def _kernels(dry_run: bool) -> tuple[ModuleType, torch.device]:
@@ -78,112 +89,148 @@ def _kernels(dry_run: bool) -> tuple[ModuleType, torch.device]:
 
 
 def _session(options: argparse.Namespace, device: torch.device, file: TextIO | None) -> Session:
-    # A dry run's rows are no measurements: neither is what it says of the hardware, nor is it kept.
-    limits = peaks.measure(device, repeats=1) if options.dry_run else peaks.peaks(device, options.fresh)
+    # Never what was measured on another day: shares are ratios within one run. A dry run's are no measurements, and told once.
+    limits = peaks.measure(device, repeats=1) if options.dry_run else peaks.peaks(device, fresh=True)
     facts = hardware.environment() | {"device": device.type, "device_name": hardware.device_name(device)}
     facts |= {"triton": importlib.import_module("triton").__version__, "cuda": torch.version.cuda}
+    facts |= {name: fact for name, fact in board_facts(device).items() if name in ("driver", "power_limit_w")}
     return Session(device, options.dry_run, options.seed, limits, {"hardware": facts, "command": report.own_command()}, file)
 
 
+def _path(options: argparse.Namespace, device: torch.device) -> Path | None:
+    """Where the rows go: nobody should lose what took eight minutes. A dry run's go nowhere, unless a file is named."""
+    if options.json is not None:
+        return Path(options.json)
+    if options.dry_run:
+        return None
+    parts = [] if list(options.part) == list(DEFAULT_PARTS) else [part for part in WEIGHTS if part in options.part]
+    words = re.findall("[a-z0-9]+", hardware.device_name(device).lower())
+    return Path("_".join(["gpu", *words, *parts]) + ".jsonl")
+
+
 @contextmanager
-def _rows_file(path: str | None) -> Iterator[TextIO | None]:
-    """The file that rows are written to as they come; RequestError where there can be none."""
+def _rows_file(path: Path | None) -> Iterator[TextIO | None]:
+    """The file that rows are written to as they come; RequestError where there can be none, and where there is one already."""
     if path is None:
         yield None
         return
     try:
-        file = Path(path).open("w", encoding="utf-8")
+        file = path.open("x", encoding="utf-8")
+    except FileExistsError as error:
+        raise RequestError(f"{path.name!r} is there already and is not overwritten: move it, or name another with --json") from error
     except OSError as error:
-        raise RequestError(f"cannot write {Path(path).name!r}: {error.strerror}") from error
-    with file:
-        yield file
+        raise RequestError(f"cannot write {path.name!r}: {error.strerror}") from error
+    try:
+        with file:
+            yield file
+        print(f"rows: {path.name}")
+    finally:
+        if not path.stat().st_size:
+            path.unlink()  # nothing came of it: the same command may be given again
 
 
-def _measure(session: Session, kernels: ModuleType, parts: Sequence[str], budget: Budget) -> bool:
-    """Every part that was asked for, each within its share of the time; whether every kernel is right."""
+def _measure(session: Session, kernels: ModuleType, parts: Sequence[str], budget: Budget) -> None:
+    """Every part that was asked for, each within its share of the time, and each whatever became of the others."""
     for place, part in enumerate(chosen := [part for part in WEIGHTS if part in parts]):
         own = budget.share(WEIGHTS[part], sum(WEIGHTS[other] for other in chosen[place + 1 :]))
-        if part == "kernels" and not _check(session, kernels, own):
-            return False
-        if part == "layers":
-            _layers(session, kernels, own)
-        if part == "models":
-            _models(session, own)
-    return True
+        with session.isolated(part, "the rest of this part"):
+            if part == "kernels":
+                _check(session, kernels, own)
+            elif part == "layers":
+                _layers(session, kernels, own)
+            else:
+                _models(session, own, part)
 
 
-def _check(session: Session, kernels: ModuleType, budget: Budget) -> bool:
-    wrong, checked = [], 0
+def _check(session: Session, kernels: ModuleType, budget: Budget) -> None:
+    wrong, checked, failed = [], 0, 0
     for row in tqdm(kernel_check.check(session, kernels, budget), leave=False, disable=None, unit="case", desc="kernels"):
         checked += 1
-        if not row["agrees"]:
+        failed += row is None
+        if row is not None and not row["agrees"]:
             wrong.append(row)
     wanted = len(kernel_check.cases(session.dry_run))
-    print(f"kernels: {checked - len(wrong)} of {checked} cases agree with float64" + f", {wanted} there are" * (checked < wanted))
+    agreeing = f"kernels: {checked - len(wrong) - failed} of {checked} cases agree with float64"
+    print(agreeing + f", {wanted} there are" * (checked < wanted))
     for row in wrong:
-        case = {name: row[name] for name in ("method", "form", "dtype", "quantize", "batch", "tokens", "d_in", "d_out", "ranks")}
+        names = ("method", "form", "dtype", "quantize", "batch", "tokens", "d_in", "d_out", "ranks", "bias", "by_input")
         error = "not a number" if row["error"] is None else f"{row['error']:.3g} of the terms' size"
-        print(f"WRONG: {error}, allowed is {row['allowed']:g}: {json.dumps(case)}")
+        print(f"WRONG: {error}, allowed is {row['allowed']:g}: {json.dumps({name: row[name] for name in names})}")
     print(flush=True)
-    return not wrong
 
 
 def _layers(session: Session, kernels: ModuleType, budget: Budget) -> None:
     lines, num_points = [], 0
     bar = tqdm(layers.measure(session, kernels, budget), leave=False, disable=None, unit="setting", desc="layers")
-    for rows in bar:
-        num_points += 1
-        by_method = {row["method"]: row for row in rows}
-        first, base = rows[0], by_method["base"]
-        if first["d_in"] not in PRINTED_WIDTHS and not session.dry_run:
-            continue
-        line = [first["phase"], first["quantize"] or first["dtype"], str(first["d_in"]), str(first["batch"]), str(first["rank"])]
-        line += [f"{1e6 * base['median_s']:,.1f}", f"{100 * base['bandwidth_share']:.0f} %"]
-        line += [f"{by_method[name]['over_base'][0]:.2f}" if name in by_method else "" for name in TABLE_METHODS]
-        flora = by_method["flora"]
-        line += [f"{100 * flora['bandwidth_share']:.0f} %", f"{100 * flora['matrix_share']:.0f} %", flora["form"] or "PyTorch"]
-        lines.append(line)
-    heads = ["phase", "weights", "width", "batch", "rank", "base µs", "bandwidth", *TABLE_METHODS]
-    heads += ["flora's bandwidth", "matrix rate", "form"]
-    total = len(layers.tiny_points() if session.dry_run else layers.points())
-    widths = "" if session.dry_run else f", those of width {' and '.join(map(str, PRINTED_WIDTHS))} here"
-    print(f"layers: {num_points} of {total} settings{widths}; times over the bare layer's, shares of what was measured above")
-    print(text_table(heads, lines), end="\n\n", flush=True)
+    try:
+        for rows in bar:
+            num_points += 1
+            by_method = {row["method"]: row for row in rows}
+            if {"base", "flora"} <= by_method.keys() and (rows[0]["d_in"] in PRINTED_WIDTHS or session.dry_run):
+                lines.append(_line_of(by_method))
+    finally:
+        heads = ["phase", "weights", "d_in", "d_out", "batch", "rank", "base µs", "bandwidth", *TABLE_METHODS]
+        heads += ["flora's bandwidth", "matrix rate", "form"]
+        total = len(layers.tiny_points() if session.dry_run else layers.points())
+        widths = "" if session.dry_run else f", those of d_in {' and '.join(map(str, PRINTED_WIDTHS))} here"
+        print(f"layers: {num_points} of {total} settings{widths}; times over the bare layer's, shares of what was measured above")
+        print(text_table(heads, lines), end="\n\n", flush=True)
 
 
-def _models(session: Session, budget: Budget) -> None:
-    print("models: random weights at true shapes; decode steps in turn, then throughput and latency", flush=True)
-    for row in models.measure(session, budget):
-        if row["measures"] == "nothing":
-            print(f"  {row['model']}: not measured, {row['reason']}", flush=True)
-            continue
-        weights, graphs = row["quantize"] or row["dtype"], "graphs" if row["cuda_graphs"] else "no graphs"
-        words = [f"  {row['model']['name']}", weights, graphs, f"rank {row['rank']}", row["method"], row["measures"]]
-        if row["measures"] == "decode step":
-            words += [f"{1000 * row['median_s']:.2f} ms", f"{row['over_base'][0]:.2f} of base"]
-            words += [f"{100 * row['bandwidth_share']:.0f} % of the bandwidth"]
-            failure = row["graphs"] and row["graphs"]["failure"]
-            words += [f"not captured: {failure}"] if failure else []
-        elif row["measures"] == "throughput":
-            words.append(f"{row['tokens_per_s']:,.0f} tokens/s")
-        else:
-            latency = row["s_per_token"].get("mean")
-            words += [f"at {row['rate']:g}/s", "nothing finished" if latency is None else f"{latency:.3f} s/token"]
-            words += ["over-saturated"] if row["saturation"] else []
-        print(", ".join(words), flush=True)
+def _line_of(by_method: dict[str, dict]) -> list[str]:
+    base, flora = by_method["base"], by_method["flora"]
+    line = [base["phase"], base["quantize"] or base["dtype"], *(str(base[name]) for name in ("d_in", "d_out", "batch", "rank"))]
+    line += [f"{1e6 * base['median_s']:,.1f}", f"{100 * base['bandwidth_share']:.0f} %"]
+    line += [f"{by_method[name]['over_base'][0]:.2f}" if name in by_method else "" for name in TABLE_METHODS]
+    return line + [f"{100 * flora['bandwidth_share']:.0f} %", f"{100 * flora['matrix_share']:.0f} %", flora["form"] or "PyTorch"]
+
+
+def _models(session: Session, budget: Budget, part: str) -> None:
+    if session.dry_run:
+        jobs, size = models.tiny_jobs(part), models.TINY
+    else:
+        jobs, size = (models.JOBS, models.SHORT) if part == "models" else (models.FIGURE_JOBS, models.FIGURES)
+    what = "decode steps in turn, then throughput and latency" if part == "models" else "throughput and latency by rank"
+    print(f"{part}: random weights at true shapes; {what}", flush=True)
+    for row in models.measure(session, budget, jobs, size):
+        print(f"  {', '.join(_words_of(row))}", flush=True)
     print(flush=True)
 
 
-def _promises(session: Session) -> int:
+def _words_of(row: dict) -> list[str]:
+    """What is printed of a model's row."""
+    if row["measures"] == "nothing":
+        rank = [] if row["rank"] is None else [f"rank {row['rank']}"]
+        return [row["model"], *([row["quantize"]] if row["quantize"] else []), *rank, f"{row['work']} not measured", row["reason"]]
+    weights, graphs = row["quantize"] or row["dtype"], "graphs" if row["cuda_graphs"] else "no graphs"
+    words = [row["model"]["name"], weights, graphs, f"rank {row['rank']}", row["method"], row["measures"]]
+    if row["measures"] == "decode step":
+        words += [f"{1000 * row['median_s']:.2f} ms"]
+        words += [f"{row['over_base'][0]:.2f} of base"] if row["over_base"] else []
+        words += [f"{100 * row['bandwidth_share']:.0f} % of the bandwidth"]
+        failure = row["graphs"] and row["graphs"]["failure"]
+        words += [f"not captured: {failure}"] if failure else []
+        words += ["not replayed"] if row["cuda_graphs"] and not row["replayed"] and not failure else []
+    elif row["measures"] == "throughput":
+        words.append(f"{row['tokens_per_s']:,.0f} tokens/s")
+    else:
+        latency = row["s_per_token"].get("mean")
+        words += [f"at {row['rate']:g}/s", "nothing finished" if latency is None else f"{latency:.3f} s/token"]
+        words += ["over-saturated"] if row["saturation"] else []
+    return words
+
+
+def _promises(session: Session) -> bool:
+    """Print and keep what came of each promise; whether none is broken, and no kernel wrong."""
     subject = promises.TINY if session.dry_run else promises.Subject()
     figures = promises.promises(session.rows, subject)
     if session.dry_run:
         figures = [replace(figure, target=None) for figure in figures]
-    for figure in figures:
-        row = figure.as_row()
-        session.record("promises", {"measures": "promise", "of": row.pop("part"), **row})
     print(text_table(("part", "promise", "measured", "target", "holds"), [figure.cells() for figure in figures]))
     if session.dry_run:
         print("", NOTHING_MEASURED, sep="\n")
-        return 0
-    return 1 if any(figure.holds is False for figure in figures) else 0
+    for figure in figures:
+        row = figure.as_row()
+        session.record("promises", {"measures": "promise", "of": row.pop("part"), **row})
+    wrong = any(row["measures"] == "agreement" and not row["agrees"] for row in session.rows)
+    return not wrong and not any(figure.holds is False for figure in figures)

@@ -77,13 +77,16 @@ class Session:
         # Whatever kernels and libraries raise here (out of resources, a compiler's error, out of memory by any name) says something
         # of this one measurement and nothing of those after it, and nothing slower is timed in its place.
         except Exception as error:
-            self.num_failed += 1
-            reason = first_line(error)
-            self.record(part, {"measures": "failed", "what": what, **setting, "error": reason})
-            tqdm.write(f"FAILED: {part}, {what}: {reason}")
+            self.failed(part, what, first_line(error), **setting)
             if self._is_lost(error):
-                raise DeviceLostError(reason) from error
+                raise DeviceLostError(first_line(error)) from error
         release(self.device)  # now that the error no longer holds what was there when it arose
+
+    def failed(self, part: str, what: str, reason: str, **setting: Any) -> None:
+        """Keep a row and print a line of what could not be measured."""
+        self.num_failed += 1
+        self.record(part, {"measures": "failed", "what": what, **setting, "error": reason})
+        tqdm.write(f"FAILED: {part}, {what}: {reason}")
 
     def _is_lost(self, error: Exception) -> bool:
         """Whether the device is of no more use. It remembers such an error: the next call, whatever it is, fails too."""
