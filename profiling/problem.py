@@ -31,8 +31,8 @@ class Problem:
     """A layer d_in → d_out and a batch of rows of `length` tokens, row i with the adapter in slots[i].
 
     kind: of KINDS; int8 as bitsandbytes stores it, whole numbers and a scale for each output. ranks: true rank by slot, 0 for the
-    identity. kernels: `flora.kernels`, None where PyTorch serves every method. with_bias: whether the layer has one. by_input: whether
-    each input's column of the weight lies in one piece, as transformers' `Conv1D` has it.
+    identity. kernels: `flora.kernels`, None where PyTorch serves every method. with_bias: whether the layer has one. by_input:
+    whether each input's column of the weight lies in one piece, as transformers' `Conv1D` has it.
     """
 
     def __init__(

@@ -12,8 +12,8 @@ class Figure:
     """One measured figure and what it should be.
 
     value: None where nothing was measured that says it. n: what it was measured from: pairs, rounds, points. target: at least that,
-    with at_most at most that, with strictly more than that; None: told, not judged. points: how many the promise is about; with fewer
-    it is told, and not judged.
+    with at_most at most that, with strictly more than that; None: told, not judged. points: how many the promise is about; as long
+    as n is less, it is told, and not judged.
     """
 
     part: str

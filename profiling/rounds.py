@@ -83,9 +83,11 @@ def cached_weight_bytes(device: torch.device) -> int:
     return peaks.last_cache_bytes() // CACHED_LAYERS if device.type == "cpu" else 0
 
 
-def captured(call: Callable[[], Tensor], device: torch.device, capture: CudaCapture | None = None) -> tuple[Callable[[], object], str]:
-    """A call to repeat, and how it is launched: by a "graph", or "eager" where there are none; where it cannot be captured, "eager:"
-    and why. capture: one that others were captured by, with which it then shares memory; None: one of its own.
+def captured(
+    call: Callable[[], Tensor], device: torch.device, capture: CudaCapture | None = None
+) -> tuple[Callable[[], object], str]:
+    """A call to repeat, and how it is launched: by a "graph", or "eager" where there are none; "eager:" and why where it cannot be
+    captured. capture: what others were captured by, with which it then shares memory; None: one of its own.
 
     Raises what the call itself raises, and OutOfMemoryError, which says nothing about whether it can be captured.
     """

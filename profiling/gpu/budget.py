@@ -1,5 +1,5 @@
-"""Time that is given out: to parts of a run, to the many points of one, and to pieces of work that are like earlier ones, so that it
-ends when it should.
+"""Time that is given out: to parts of a run, to the many points of one, to work that is like what was done before. So a run ends when
+it should.
 """
 
 from __future__ import annotations

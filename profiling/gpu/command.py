@@ -117,7 +117,7 @@ def _rows_file(path: Path | None) -> Iterator[TextIO | None]:
     try:
         file = path.open("x", encoding="utf-8")
     except FileExistsError as error:
-        raise RequestError(f"{path.name!r} is there already and is not overwritten: move it, or name another with --json") from error
+        raise RequestError(f"{path.name!r} is there already, and is kept: move it, or name another with --json") from error
     except OSError as error:
         raise RequestError(f"cannot write {path.name!r}: {error.strerror}") from error
     try:

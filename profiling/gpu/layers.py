@@ -1,9 +1,9 @@
 """Single layers of the paper's models: every method in turn, decode and prefill, beside what the hardware allows.
 
-On a GPU a method's calls are captured in one CUDA graph and replayed: several of them, each of a layer of its own, as in a model, so
-that a launch is shared by many and each reads its weight from memory; what was in the L2 cache before is flushed. Times are those of
-device events, divided by the number of calls. `single_s` of a row is one call in a graph of its own, `empty_s` a graph that does next
-to nothing. A method that cannot be captured is timed as the host launches it, and its row says so and why.
+On a GPU a method's calls are captured in one CUDA graph and replayed: several of them, each of a layer of its own, as in a model. So a
+launch is shared by many, and each reads its weight from memory; what was in the L2 cache before is flushed. Times are those of device
+events, divided by the number of calls. `single_s` of a row is one call in a graph of its own, `empty_s` a graph that does next to
+nothing. A method that cannot be captured is timed as the host launches it, and its row says so and why.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BATCHES = (1, 8, 32, 4, 64, 16, 2)
 PREFILL_BATCHES = (4, 1, 16)
 PREFILL_TOKENS = 512  # of each row, which has an adapter of its own
 FEWEST_ROUNDS, MOST_ROUNDS = 9, 40
-DRY_ROUNDS = 2
+DRY_ROUNDS = 1
 MAX_EXPANDED_TOKENS = 1 << 15  # beyond, the expanded form of a prefill takes seconds and gigabytes
 CALLS, CALLS_OF_SMALL, SMALL_BYTES = 8, 16, 16 << 20  # in a graph; of weights so small that eight would stay in the cache
 PREFILL_GRAPH_TOKENS = 4096  # a graph with so many tokens takes far longer than a launch

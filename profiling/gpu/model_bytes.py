@@ -28,7 +28,7 @@ class DecodeBytes:
 
 
 def decode_bytes(engine: Engine, cache: RowCache | SpeechCache, batch: int, positions: float) -> DecodeBytes:
-    """Of one step for `batch` rows that have `positions` tokens each. cache: of a generation after a step, which knows its shapes."""
+    """Of one step for `batch` rows with `positions` tokens each. cache: of a generation after a step, which knows its shapes."""
     model = engine.model
     decoder = model.get_decoder() if isinstance(cache, SpeechCache) else model
     read: dict[int, Tensor] = {}  # by identity: an output head that is the table of embeddings is one

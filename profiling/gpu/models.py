@@ -63,7 +63,7 @@ class Size:
 
 
 SHORT, FIGURES = Size("short"), Size("figures", new_tokens=128, rate_s=6.0)
-TINY = Size("tiny", batch=2, prompt_tokens=4, new_tokens=4, warmup_steps=2, steps=2, requests=2, rate_s=0.04, warmup_requests=1)
+TINY = Size("tiny", batch=2, prompt_tokens=4, new_tokens=4, warmup_steps=5, steps=2, requests=2, rate_s=0.04, warmup_requests=1)
 
 
 @dataclass(frozen=True)
@@ -343,8 +343,8 @@ class _Steps:
 
 
 def prepare(engine: Engine, requests: Sequence[Request], method: str) -> None:
-    """Before a method of a model is timed: what happens only once happens here, such as kernels that are compiled and libraries that
-    are set up, for the prompts and for the steps after them.
+    """Before a method of a model is timed: what happens only once happens here, such as kernels that are compiled and libraries
+    that are set up, for the prompts and for the steps after them.
     """
     generation = engine.start(requests, method)
     try:

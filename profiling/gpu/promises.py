@@ -45,13 +45,13 @@ def promises(rows: Iterable[dict], subject: Subject = Subject()) -> list[Figure]
     for row in rows:
         if row["measures"] == "layer" and (row["form"], _kind(row)) not in wrong:
             found.setdefault(row["method"], {})[LayerPoint.of_row(row)] = row
+    flora = found.get("flora", {})
     # Beside a wrong kernel of flora's, no other method's time says anything either.
-    if "flora" in found:
-        found = {method: {at: row for at, row in own.items() if at in found["flora"]} for method, own in found.items()}
-    decode, prefill, int8 = (subject.of_layers(*one) for one in (("decode", "bfloat16"), ("prefill", "bfloat16"), ("decode", "int8")))
+    found = {method: {at: row for at, row in own.items() if at in flora} for method, own in found.items()}
+    decode, prefill = (subject.of_layers(phase, "bfloat16") for phase in ("decode", "prefill"))
+    int8 = subject.of_layers("decode", "int8")
     beside_bmm, beside_sgmv = (subject.of_layers("decode", "bfloat16", rank) for rank in (BMM_RANK, SGMV_RANK))
     width = f"width {decode[0].d_in}, bfloat16"
-    flora = found.get("flora", {})
     return [
         _worst(f"decode, {width}: flora over the bare layer", decode, flora, _over_base, BASE_STEP, at_most=True),
         _worst("  its share of the copy bandwidth", decode, flora, _bandwidth, BANDWIDTH, unit="%"),
@@ -102,7 +102,7 @@ def _of_models(rows: list[dict], subject: Subject, wrong: set[tuple[str, str]]) 
 
 
 def _crossover(what: str, by_rank: list[tuple[int, float]]) -> Figure:
-    """by_rank: how many times as long bmm-lora's step takes. Without a loss at any rank, only what lies above the promised one tells."""
+    """by_rank: how many times as long bmm-lora's step takes. Without a loss anywhere, only a rank above the promised one tells."""
     crossed = crossing([(math.log(rank), math.log(ratio)) for rank, ratio in by_rank])
     if crossed == math.inf and by_rank[-1][0] <= CROSSOVER:
         return Figure(
