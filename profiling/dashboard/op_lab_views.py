@@ -15,6 +15,7 @@ from profiling.op_lab import MethodPoint, OpLabResult
 from profiling.op_lab_grid import GAP
 from profiling.op_lab_recorded import Recorded, RecordedPoint
 from profiling.op_lab_report import batch_words, count, milliseconds
+from profiling.promise import Figure
 from profiling.recorded import Recording
 
 VERDICT_TEMPLATE = '<div class="lab-verdict" data-cell="verdict"></div>'
@@ -27,7 +28,7 @@ RECORDED_TEMPLATE = (
     '<div class="table-scroll lab-recorded" data-cell="table" tabindex="0" role="region" aria-label="recorded points"></div>'
 )
 GPU_TEMPLATE = (
-    '<h2 class="panel-title">promised on a GPU, one H200</h2><p class="lab-note" data-cell="note"></p>'
+    '<h2 class="panel-title">promised on a GPU</h2><p class="lab-note" data-cell="note"></p>'
     '<div class="table-scroll lab-recorded" data-cell="table" tabindex="0" role="region" aria-label="promised on a GPU"></div>'
 )
 _NOTHING = "–"
@@ -148,24 +149,35 @@ def recorded(found: Recorded) -> dict[str, Any]:
 
 
 def promised_on_a_gpu(recordings: Sequence[Recording]) -> dict[str, Any]:
-    """What `python -m profiling gpu` holds against its promises: as the last recording has it, or not yet measured."""
-    figures, note = promises(()), "No GPU has been measured yet: python -m profiling gpu measures one, in eight minutes."
-    for recording in [one for one in recordings if not one.rows[0].get("dry_run")][-1:]:
+    """What `python -m profiling gpu` holds against its promises, which are about one H200: of each device that was recorded, the
+    recording that tells most of a promise, the later one of two; or not yet measured.
+    """
+    by_device: dict[str, list[list[Figure]]] = {}  # device → of each recording its promises
+    told, left_out = [], []
+    for recording in [one for one in recordings if not one.rows[0].get("dry_run")]:
         try:
-            figures, note = promises(recording.rows), f"Recorded, not live: {recording.name}, {recording.where}."
+            found = promises(recording.rows)
         except (KeyError, TypeError, ValueError, IndexError):
-            note = f"{recording.name} holds rows that `python -m profiling gpu` did not write, and is left out."
-    heads = ("promise", "measured", "promised", "kept")
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+            left_out.append(f"{recording.name} holds rows that `python -m profiling gpu` did not write, and is left out.")
+            continue
+        by_device.setdefault(str(recording.hardware.get("device_name", "an unknown device"))[:60], []).append(found)
+        told.append(f"{recording.name}, {recording.where}")
+    note = f"Recorded, not live: {'; '.join(told)}." if told else "No GPU has been measured yet."
+    note += " Promised is what one H200 should reach. `python -m profiling gpu` measures a GPU in eight minutes, and writes its rows "
+    note += "to a file such as gpu_nvidia_h200.jsonl, in the folder it is started in; this page shows those in assets/results/. "
+    note += " ".join(left_out)
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("promise", "on", "measured", "promised", "kept"))
     body = ""
-    for figure in figures:
-        _, what, measured, wanted, holds = figure.cells()
-        what = f"the same: {what.strip()}" if what.startswith(" ") else what  # on paper, it stands indented below
-        first = f'<th scope="row">{html.escape(what)}</th>'
-        cells = ["not yet measured" if figure.value is None else measured, wanted, holds or _NOTHING]
-        body += f"<tr>{first}{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+    for device, found in (by_device or {_NOTHING: [promises(())]}).items():
+        for same in zip(*found, strict=True):
+            figure = max(reversed(same), key=lambda one: (one.is_complete, one.value is not None, one.n))
+            _, what, measured, wanted, holds = figure.cells()
+            what = f"the same: {what.strip()}" if what.startswith(" ") else what  # on paper, it stands indented below
+            first = f'<th scope="row">{html.escape(what)}</th>'
+            cells = [device, "not yet measured" if figure.value is None else measured, wanted, holds or _NOTHING]
+            body += f"<tr>{first}{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
     table = f'<table class="figures lab promised"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return cells_value({"note": html.escape(note), "table": table})
+    return cells_value({"note": html.escape(note.strip()), "table": table})
 
 
 def _recorded_cells(point: RecordedPoint) -> str:

@@ -1,6 +1,4 @@
-"""Time that is given out: to parts of a run, to the many points of one, to work that is like what was done before. So a run ends when
-it should.
-"""
+"""Time that is given out: to parts of a run, to the many points of one, to work that is like earlier work, so that a run ends."""
 
 from __future__ import annotations
 

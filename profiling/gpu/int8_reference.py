@@ -1,7 +1,7 @@
 """What 8-bit weights cost the way the paper served them: r-fold rows through an 8-bit layer that is a black box.
 
-Where bitsandbytes is installed, that is its own layer. A stand-in, which needs nothing but PyTorch, is measured in any case: the same
-work, step by step, without what bitsandbytes does for outliers.
+Where bitsandbytes is installed, that is its own layer. A stand-in, which needs nothing but PyTorch, is measured in any case:
+the same work, step by step, without what bitsandbytes does for outliers.
 """
 
 from __future__ import annotations

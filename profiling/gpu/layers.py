@@ -1,9 +1,9 @@
 """Single layers of the paper's models: every method in turn, decode and prefill, beside what the hardware allows.
 
-On a GPU a method's calls are captured in one CUDA graph and replayed: several of them, each of a layer of its own, as in a model. So a
-launch is shared by many, and each reads its weight from memory; what was in the L2 cache before is flushed. Times are those of device
-events, divided by the number of calls. `single_s` of a row is one call in a graph of its own, `empty_s` a graph that does next to
-nothing. A method that cannot be captured is timed as the host launches it, and its row says so and why.
+On a GPU a method's calls are captured in one CUDA graph and replayed: several of them, each of a layer of its own, as in a model.
+So a launch is shared by many, and each reads its weight from memory; what was in the L2 cache before is flushed. Times are those of
+device events, divided by the number of calls. `single_s` of a row is one call in a graph of its own, `empty_s` a graph that does
+next to nothing. A method that cannot be captured is timed as the host launches it, and its row says so and why.
 """
 
 from __future__ import annotations

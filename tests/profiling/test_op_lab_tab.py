@@ -133,19 +133,31 @@ def test_what_was_recorded_is_read_and_shown_as_that(result, tmp_path):
 
 def gpu_recording(**changed) -> Recording:
     row = {"part": "layers", "method": "flora", "phase": "decode", "d_in": 6144, "batch": 8, "rank": 4, "tokens": 1}
-    row |= {"quantize": None, "over_base": [1.1, 1.05, 1.12], "bandwidth_share": 0.75, "median_s": 1e-4}
+    row |= {"quantize": None, "over_base": [1.1, 1.05, 1.12], "bandwidth_share": 0.75, "median_s": 1e-4, "measures": "layer"}
+    row |= {"d_out": 6144, "dtype": "bfloat16", "form": "decode", "over_flora": [1.0, 1.0, 1.0]}
     row |= {"quantiles": {"p10": 1e-4, "p90": 1e-4}, "dry_run": False, "hardware": {"device_name": "<b>a GPU</b>"}}
     return Recording("gpu_rows", "gpu", "python -m profiling gpu", (row | changed,))
+
+
+def test_a_recording_of_one_part_hides_no_other_and_devices_stay_apart():
+    full = replace(gpu_recording(), rows=(*gpu_recording().rows, *gpu_recording(batch=16).rows), name="full")
+    part = Recording("figures", "gpu", "python -m profiling gpu --part figures", ({**full.rows[0], "measures": "peaks"},))
+    other = gpu_recording(hardware={"device_name": "another"}, over_base=[1.3, 1.3, 1.3])
+    cells = views.promised_on_a_gpu([full, gpu_recording(), part, other])["cells"]
+    assert "2 of 34 points" in cells["table"] and "1.3× [1.3×, 1.3×], 1 of 34 points" in cells["table"]
+    assert cells["table"].count("<td>another</td>") == 8 and "yes" not in cells["table"] and "NO" not in cells["table"]
+    assert all(f"{name}, " in cells["note"] for name in ("full", "gpu_rows", "figures"))
 
 
 def test_what_is_promised_on_a_gpu_is_not_yet_measured_until_it_is():
     for recorded in ([], [gpu_recording(dry_run=True)]):
         cells = views.promised_on_a_gpu(recorded)["cells"]
         assert cells["table"].count("not yet measured") == 8 and "No GPU has been measured yet" in cells["note"]
-    cells = views.promised_on_a_gpu([gpu_recording(over_base=[9.0, 9.0, 9.0]), gpu_recording()])["cells"]
-    assert cells["table"].count("not yet measured") == 6 and "1.1× [1.05×, 1.12×]" in cells["table"] and "75 %" in cells["table"]
+    cells = views.promised_on_a_gpu([gpu_recording(over_base=[9.0, 9.0, 9.0]), gpu_recording()])["cells"]  # the later of two
+    assert cells["table"].count("not yet measured") == 6 and "75 %" in cells["table"]
+    assert "1.1× [1.05×, 1.12×], 1 of 34 points" in cells["table"]
     assert "Recorded, not live: gpu_rows" in cells["note"] and "<b>" not in cells["note"]
-    broken = views.promised_on_a_gpu([gpu_recording(over_base=None)])["cells"]
+    broken = views.promised_on_a_gpu([gpu_recording(over_base=3)])["cells"]
     assert broken["table"].count("not yet measured") == 8 and "left out" in broken["note"]
 
 
