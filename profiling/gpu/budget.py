@@ -11,12 +11,12 @@ class Budget:
     """Some seconds, from now on."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.seconds, self._clock = seconds, clock
+        self.seconds, self.clock = seconds, clock
         self._started_s = clock()
 
     @property
     def spent_s(self) -> float:
-        return self._clock() - self._started_s
+        return self.clock() - self._started_s
 
     @property
     def left_s(self) -> float:
@@ -24,7 +24,7 @@ class Budget:
 
     def share(self, weight: float, others: float) -> Budget:
         """A part's budget: its weight's share of what is left, beside that of the parts after it."""
-        return Budget(self.left_s * weight / (weight + others), self._clock)
+        return Budget(self.left_s * weight / (weight + others), self.clock)
 
 
 class Pace:

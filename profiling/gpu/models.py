@@ -121,7 +121,7 @@ def measure(session: Session, budget: Budget, jobs: Sequence[Job], size: Size) -
     """Measure one job after the other, each within its share of the budget, and yield each row as it comes; a row tells of what was
     left out, and of what failed.
     """
-    longest = Longest()  # of all jobs: a smaller model's are no longer
+    longest = Longest(budget.clock)  # of all jobs: a smaller model's are no longer
     for place, job in enumerate(jobs):
         own = budget.share(job.weight, sum(other.weight for other in jobs[place + 1 :]))
         measured = _Measured(session, job, size, own, longest)
