@@ -288,11 +288,8 @@ def layer_row(method: str, batch: int, rank: int, over_base: float, over_flora: 
 
 def step_row(method: str, rank: int, over_base: float, over_flora: float, **other) -> dict:
     row = {"part": "models", "measures": "decode step", "model": {"name": "starcoder"}, "cuda_graphs": True, "batch": 32}
-    return (
-        row
-        | {"quantize": None, "replayed": True, "method": method, "rank": rank, "over_base": [over_base] * 3, "over_flora": [over_flora] * 3}
-        | other
-    )
+    row |= {"quantize": None, "replayed": True, "method": method, "rank": rank}
+    return row | {"over_base": [over_base] * 3, "over_flora": [over_flora] * 3} | other
 
 
 def test_a_promise_is_held_against_its_worst_point():
