@@ -163,7 +163,7 @@ def promised_on_a_gpu(recordings: Sequence[Recording]) -> dict[str, Any]:
         by_device.setdefault(str(recording.hardware.get("device_name", "an unknown device"))[:60], []).append(found)
         told.append(f"{recording.name}, {recording.where}")
     note = f"Recorded, not live: {'; '.join(told)}." if told else "No GPU has been measured yet."
-    note += " Promised is what one H200 should reach. `python -m profiling gpu` measures a GPU in eight minutes, and writes its "
+    note += " Promised is what one H200 should reach. python -m profiling gpu measures a GPU in eight minutes, and writes its "
     note += "rows to a file such as gpu_nvidia_h200.jsonl, in the folder it starts in; this page shows those in assets/results/. "
     note += " ".join(left_out)
     head = "".join(f'<th scope="col">{name}</th>' for name in ("promise", "on", "measured", "promised", "kept"))
