@@ -104,6 +104,12 @@ def test_before_the_start_and_while_it_runs(open_page, screenshot, tmp_path, the
     with (tmp_path / "run.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) >= before and lines[0].keys() >= {"time_s", "method", "tokens_per_s", "waiting", "ttft_p99_ms"}
+    for suffix, beginning in (("html", "<!doctype html>"), ("md", "# "), ("jsonl", "{")):
+        with page.expect_download() as download:
+            page.locator(f"#load-download-{suffix}").click()
+        download.value.save_as(tmp_path / f"report.{suffix}")
+        report = (tmp_path / f"report.{suffix}").read_text(encoding="utf-8")
+        assert report.lower().startswith(beginning) and "python -m profiling load" in report
     screenshot(page, f"load-stopped-{theme}-{width}")
 
 

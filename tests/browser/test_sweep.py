@@ -39,3 +39,11 @@ def test_a_sweep_comes_point_by_point_and_goes_on_where_it_was_stopped(open_page
     assert sorted({row["rank"] for row in rows}) == [1, 2, 64] and len({json.dumps(row["setting"]) for row in rows}) == 1
     page.locator("#sweep-start").click()
     page.locator("#sweep-status .words", has_text="measured already").wait_for()
+    page.locator("#sweep-new-tokens input[type=number]").fill("128")
+    page.locator("#sweep-new-tokens input[type=number]").press("Tab")
+    page.locator("#sweep-start").click()
+    page.wait_for_function("[1, 2, 3, 4, 5, 6].includes(document.querySelectorAll('#sweep-details tbody tr').length)")
+    page.locator("#sweep-stop").click()
+    page.locator("#sweep-status .status.stopped").wait_for()
+    assert 1 <= page.locator("#sweep-details tbody tr").count() < 9, "what was measured is kept"
+    assert page.locator("#sweep-start").is_enabled() and page.locator("#sweep-stop").is_disabled()
