@@ -29,18 +29,20 @@ class Window:
         self.width = 0  # positions that this forward may look at, 0 … width - 1
         self.whole_prompts = False  # every row starts at position 0: there is nothing before to look at
         self.positions: Tensor | None = None  # (n,) int64 of the one token each row gets, or None for prompts
-        self.row_numbers: Tensor | None = None  # (n,) int64 of the last rows that got one token each
-        self.numbered: slice | None = None  # those rows
         self.places: dict[tuple[int, int], Tensor] = {}  # by shape of a layer, where those tokens are written
         self.tokens: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # row, position; row and place in the input
         self.num_rows, self.num_positions = 0, 0  # reserved
 
     def places_in(self, num_heads: int, num_positions: int) -> Tensor:
-        """(n · heads,) int64: where this step's tokens stand in (rows, heads, positions, d_head) seen as (…, d_head)."""
+        """(n · heads,) int64: where this step's tokens stand in (rows, heads, positions, d_head) seen as (…, d_head).
+
+        All of it is made in the step itself: a captured one may read nothing that another step made.
+        """
         key = (num_heads, num_positions)
         if key not in self.places:
-            heads = self.row_numbers[:, None] * num_heads + torch.arange(num_heads, device=self.row_numbers.device)
-            self.places[key] = (heads * num_positions + self.positions[:, None]).flatten()
+            first, last = self.rows.start * num_heads, self.rows.stop * num_heads  # heads, counted through all rows
+            starts = torch.arange(first, last, device=self.positions.device).view(-1, num_heads) * num_positions
+            self.places[key] = (starts + self.positions[:, None]).flatten()
         return self.places[key]
 
 
@@ -187,10 +189,8 @@ class RowCache(Cache):
 
     def begin_tokens(self, first_row: int, positions: Tensor, width: int) -> None:
         """The next forward reads one token a row. positions: (n,) int64, where each is written; width: the largest, plus one."""
-        window, rows = self.window, slice(first_row, first_row + positions.shape[0])
-        if window.numbered != rows:
-            window.numbered, window.row_numbers = rows, torch.arange(rows.start, rows.stop, device=positions.device)
-        window.rows, window.positions, window.width = rows, positions, width
+        window = self.window
+        window.rows, window.positions, window.width = slice(first_row, first_row + positions.shape[0]), positions, width
         window.places.clear()
         window.whole_prompts = False
 
