@@ -12,13 +12,15 @@ of one batch alone are known by, for as long as that batch lasts.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Protocol
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from flora.engine.runner import Runner, token_inputs
 from flora.layers import AdaptedLinear, LayerPlan, Serving
 
 logger = logging.getLogger(__name__)
+
 
 class Captured(Protocol):
     """Work that can be repeated."""
@@ -51,7 +54,7 @@ class Capture(Protocol):
         """of_batch: the tensors whose values change with the batch alone."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _CudaGraph:
     graph: torch.cuda.CUDAGraph
     output: Tensor
@@ -67,11 +70,11 @@ class _CudaGraph:
 class CudaCapture:
     """A `Capture` in CUDA graphs, whose memory is one pool: only one of them runs at a time. Each takes some of its own besides."""
 
-    on_host, first_steps, most = False, 1, 64
+    on_host, first_steps, most = False, 1, 128
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._pool: tuple[int, int] | None = None
+        self._alive: WeakSet[_CudaGraph] = WeakSet()
 
     def __call__(self, function: Callable[[], Tensor], of_batch: Sequence[Tensor] = ()) -> Captured:
         # What the libraries set up at a first call must not be captured: the function runs once before, on the same stream.
@@ -81,11 +84,32 @@ class CudaCapture:
             function()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads of this process may use the device meanwhile: another engine, or adapters on their way to it.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        # A pool is gone with the last of its graphs, and its number never to be used again: one of them is held meanwhile.
+        sharing = next(iter(self._alive), None)
+        pool = None if sharing is None else sharing.graph.pool()
+        # Other threads of this process may use the device meanwhile: another engine, or adapters on their way to it. The stream that
+        # was current is so again even where the capture fails, which torch.cuda.graph alone does not see to.
+        with (
+            _no_garbage_collection(),
+            torch.cuda.stream(current),
+            torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             output = function()
-        self._pool = graph.pool()
-        return _CudaGraph(graph, output)
+        captured = _CudaGraph(graph, output)
+        self._alive.add(captured)
+        return captured
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What it would free, another graph or an event among it, may call the device in a way that ends a capture as invalid."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)
