@@ -165,16 +165,16 @@ def test_a_cache_that_could_not_grow_grows_later(models, monkeypatch):
     cache.reserve(2, 64)
     rows = [Sequence(model, [3 + place] * 30) for place in range(4)]
     read_pieces(model, cache, rows[:2], 0, [4, 9])
-    enlarged, made = cache_module._enlarged, []
+    resized, made = cache_module._resized, []
 
     def full(*args):
         made.append(args)
         if len(made) > 2:
             raise torch.OutOfMemoryError("x")
-        return enlarged(*args)
+        return resized(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache_module, "_enlarged", full)
+        patched.setattr(cache_module, "_resized", full)
         with pytest.raises(torch.OutOfMemoryError):
             cache.reserve(8, 96)
     read_tokens(model, cache, rows[:2])
