@@ -197,7 +197,7 @@ class RowCache(Cache):
         return _rounded(width, max(POSITIONS_AT_ONCE, quarter))
 
     def step_widths(self, num_positions: int) -> list[int]:
-        """Every width that `step_shape` gives to steps that look at up to `num_positions` positions, as far as they are reserved."""
+        """Every width that `step_shape` gives to steps that look at up to `num_positions` positions, of those that are reserved."""
         widths, most = [self.step_shape(0, 1, 1)[1]], min(num_positions, self.window.num_positions)
         while widths[-1] < most:
             widths.append(self.step_shape(0, 1, widths[-1] + 1)[1])

@@ -217,6 +217,10 @@ class Core:
                     self.graphs.prepare(num_rows, width, self.cache, serving)
             for row in range(max_rows):
                 self.cache.clear(row)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ServingError(
+                f"the device has no memory for {max_rows} requests of {num_positions} positions: capture fewer, or shorter ones"
+            ) from error
         finally:
             for slot in slots:
                 self.bank.unpin(slot)

@@ -87,8 +87,8 @@ class CudaCapture:
         # A pool is gone with the last of its graphs, and its number never to be used again: one of them is held meanwhile.
         sharing = next(iter(self._alive), None)
         pool = None if sharing is None else sharing.graph.pool()
-        # Other threads of this process may use the device meanwhile: another engine, or adapters on their way to it. The stream that
-        # was current is so again even where the capture fails, which torch.cuda.graph alone does not see to.
+        # Other threads of this process may use the device meanwhile: another engine, or adapters on their way to it. The stream
+        # that was current is so again even where the capture fails, which torch.cuda.graph alone does not see to.
         with (
             _no_garbage_collection(),
             torch.cuda.stream(current),
@@ -148,8 +148,8 @@ class StaticServing:
 
 @dataclass
 class DecodeSteps:
-    """Of one method: how many of its decode steps were captured, were replayed, or ran as ever, and why the last one did, where that
-    will not change."""
+    """Of one method: how many of its decode steps were captured, were replayed, or ran as ever, and why the last one did, where
+    that will not change."""
 
     captured: int = 0
     replayed: int = 0

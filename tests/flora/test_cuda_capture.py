@@ -91,7 +91,7 @@ def device(monkeypatch) -> Device:
 
 
 def test_graphs_share_a_pool_for_as_long_as_one_of_them_lives(device):
-    """A pool whose graphs are all gone is not there any more, though a tensor of it may be: asked for again, the allocator fails."""
+    """A pool whose graphs are all gone is not there any more, though a tensor of it may be: asked for it, the allocator fails."""
     capture = CudaCapture(torch.device("cuda", 0))
     first, second = (capture(lambda: torch.ones(1)) for _ in range(2))
     del first
