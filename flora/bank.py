@@ -2,7 +2,7 @@
 
 For every family and every layer that an adapter of that family touches, the bank holds A (slots, r, d_in) and B (slots, r,
 d_out), r the largest rank seen, and the true rank of each slot. Slot 0 is the identity adapter: rank 0, its first flora component
-all ones. A tag holds one slot, with an adapter of each family or of one.
+all ones and its lora components zeros. A tag holds one slot, with an adapter of each family or of one.
 
 There may be thousands of tags over a few slots. A request pins its adapter's slot for as long as it runs; a slot that nobody pins
 keeps its adapter until another needs the place, the least recently used first. What a request runs with never changes under it:
@@ -111,9 +111,9 @@ class BatchServing:
     row. Use it only while its slots are pinned.
     """
 
-    def __init__(self, bank: AdapterBank, slots: Sequence[int], method: str, family: str | None) -> None:
+    def __init__(self, bank: AdapterBank, slots: Sequence[int], method: str, family: str | None, num_spare: int = 0) -> None:
         self.bank = bank
-        self.slots = tuple(slots)
+        self.slots, self.num_spare = tuple(slots), num_spare
         self.method = method
         self.family = family
         self._layouts = [] if family is None else list(dict.fromkeys(bank.layouts(self.slots, family)))
@@ -136,7 +136,7 @@ class BatchServing:
         if key not in self._routings:
             # A slot without factors on this layer runs as the identity there.
             slots = [slot if stack.ranks[slot] else IDENTITY_SLOT for slot in self.slots]
-            self._routings[key] = route(slots, stack.ranks, stack.rank_stride, self.bank.device)
+            self._routings[key] = route(slots, stack.ranks, stack.rank_stride, self.bank.device, self.num_spare)
         merged_weight = None if self._merged_weights is None else self._merged(layer, stack)
         routing = self._routings[key]
         if self._keeps_factors(stack):
@@ -483,12 +483,12 @@ class AdapterBank:
 
     # ----------------------------------------------------------------------------------------------------- serving
 
-    def arrange(self, slots: Sequence[int], method: str, family: str | None = None) -> BatchServing:
+    def arrange(self, slots: Sequence[int], method: str, family: str | None = None, num_spare: int = 0) -> BatchServing:
         """What the layers need to serve rows with these slots, in their order; the slots stay pinned by whoever pinned them.
 
-        family: for `merged`, which of the adapter's is merged where it has two; other methods have their own. Raises AdapterError
-        where the rows of `merged` differ, or where a slot is not pinned or holds nothing of the family: it would run as the base
-        model, unnoticed.
+        family: for `merged`, which of the adapter's is merged where it has two; other methods have their own. num_spare: of the
+        last rows, which have slot 0 and are nobody's. Raises AdapterError where the rows of `merged` differ, or where a slot is not
+        pinned or holds nothing of the family: it would run as the base model, unnoticed.
         """
         distinct = set(slots) - {IDENTITY_SLOT}
         if method == "merged" and len(set(slots)) > 1:
@@ -508,7 +508,7 @@ class AdapterBank:
             stored, layouts = self._held[slot]
             if family not in layouts:
                 raise AdapterError(f"adapter {stored.name!r} has no {family} checkpoint, which method {method} needs")
-        return BatchServing(self, slots, method, family)
+        return BatchServing(self, slots, method, family, num_spare)
 
     @contextmanager
     def serve(self, serving: BatchServing) -> Iterator[None]:
@@ -601,8 +601,9 @@ class AdapterBank:
                 torch.zeros(slots, rank, width, device=self.device, dtype=self.dtype)
                 for width in (adapted.in_features, adapted.out_features)
             )
-            A[IDENTITY_SLOT, 0] = 1.0
-            B[IDENTITY_SLOT, 0] = 1.0
+            if family == "flora":
+                A[IDENTITY_SLOT, 0] = 1.0
+                B[IDENTITY_SLOT, 0] = 1.0
             stack = self._stacks[family, layer] = _Stack(A, B, [0] * slots)
         elif rank > stack.rank_stride:
             stack.grow(rank)

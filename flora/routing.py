@@ -146,11 +146,15 @@ class Routing:
         return self._kept[side, 0]
 
 
-def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: torch.device | str = "cpu") -> Routing:
+def route(
+    slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: torch.device | str = "cpu", num_spare: int = 0
+) -> Routing:
     """Work out a batch's routing on the host.
 
-    slots: each row's slot. ranks: each slot's true rank; 0 marks the identity adapter, whose first component must be ones.
-    rank_stride: the r of A and B (slots, r, d) as stored.
+    slots: each row's slot. ranks: each slot's true rank; 0 marks the identity adapter, whose first component must be ones where
+    adapters multiply. rank_stride: the r of A and B (slots, r, d) as stored. num_spare: of the last rows, which nobody looks at. In
+    rank groups they are of the largest rank, so that a step padded to as many rows has one layout however many are spare; where
+    adapters add, the identity's components must be zeros for that.
     """
     slots = list(slots)
     by_slot: dict[int, list[int]] = {}
@@ -158,7 +162,10 @@ def route(slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: 
     for row, slot in enumerate(slots):
         by_slot.setdefault(slot, []).append(row)
         by_rank.setdefault(ranks[slot], []).append(row)
-    groups = [(rank, rows) for rank, rows in sorted(by_rank.items()) if rank > 0]
+    used = len(slots) - num_spare
+    groups = [(rank, [row for row in rows if row < used]) for rank, rows in sorted(by_rank.items()) if rank > 0]
+    if groups:
+        groups[-1][1].extend(range(used, len(slots)))
     by_shape: dict[tuple[int, int], list[int]] = {}  # (rank, rows of each) → slots
     for slot, rows in by_slot.items():
         by_shape.setdefault((ranks[slot], len(rows)), []).append(slot)

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
+from flora.engine.device import free_bytes
+
 Padding = Literal["none", "positions", "rows and positions"]
 """What steps that decode are padded in. On a CPU, rows that nobody asked for cost as much as the others."""
 
 POSITIONS_AT_ONCE = 64
 """Positions are reserved in multiples of this."""
+
+SHARE_OF_FREE_MEMORY = 0.5
+"""How much of it a cache may take for rows that nobody has asked for yet."""
 
 
 class Window:
@@ -29,18 +34,20 @@ class Window:
         self.width = 0  # positions that this forward may look at, 0 … width - 1
         self.whole_prompts = False  # every row starts at position 0: there is nothing before to look at
         self.positions: Tensor | None = None  # (n,) int64 of the one token each row gets, or None for prompts
-        self.row_numbers: Tensor | None = None  # (n,) int64 of the last rows that got one token each
-        self.numbered: slice | None = None  # those rows
         self.places: dict[tuple[int, int], Tensor] = {}  # by shape of a layer, where those tokens are written
         self.tokens: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # row, position; row and place in the input
         self.num_rows, self.num_positions = 0, 0  # reserved
 
     def places_in(self, num_heads: int, num_positions: int) -> Tensor:
-        """(n · heads,) int64: where this step's tokens stand in (rows, heads, positions, d_head) seen as (…, d_head)."""
+        """(n · heads,) int64: where this step's tokens stand in (rows, heads, positions, d_head) seen as (…, d_head).
+
+        All of it is made in the step itself: a captured one may read nothing that another step made.
+        """
         key = (num_heads, num_positions)
         if key not in self.places:
-            heads = self.row_numbers[:, None] * num_heads + torch.arange(num_heads, device=self.row_numbers.device)
-            self.places[key] = (heads * num_positions + self.positions[:, None]).flatten()
+            first, last = self.rows.start * num_heads, self.rows.stop * num_heads  # heads, counted through all rows
+            starts = torch.arange(first, last, device=self.positions.device).view(-1, num_heads) * num_positions
+            self.places[key] = (starts + self.positions[:, None]).flatten()
         return self.places[key]
 
 
@@ -84,10 +91,14 @@ class RowLayer(CacheLayerMixin):
     def addresses(self) -> tuple[int, ...]:
         return (self.keys.data_ptr(), self.values.data_ptr()) if self.is_initialized else ()
 
+    @property
+    def row_bytes(self) -> int:
+        return (self.keys[:1].nbytes + self.values[:1].nbytes) if self.is_initialized else 0
+
     def resize(self, num_rows: int, num_positions: int) -> None:
         if self.is_initialized:
-            self.keys = _enlarged(self.keys, num_rows, num_positions)
-            self.values = _enlarged(self.values, num_rows, num_positions)
+            self.keys = _resized(self.keys, num_rows, num_positions)
+            self.values = _resized(self.values, num_rows, num_positions)
 
     def move(self, source: int, target: int, length: int) -> None:
         if self.is_initialized:
@@ -112,16 +123,16 @@ class RowLayer(CacheLayerMixin):
         return self.window.num_positions
 
 
-def _enlarged(old: Tensor, num_rows: int, num_positions: int) -> Tensor:
-    # Where the device was full in the midst of an earlier attempt, some layers are larger already than the cache says.
-    num_rows, num_positions = max(num_rows, old.shape[0]), max(num_positions, old.shape[2])
+def _resized(old: Tensor, num_rows: int, num_positions: int) -> Tensor:
     new = old.new_zeros(num_rows, old.shape[1], num_positions, old.shape[3])
-    new[: old.shape[0], :, : old.shape[2]] = old
+    # Where the device was full in the midst of an earlier attempt, some layers are larger already than the cache says.
+    num_rows, num_positions = min(num_rows, old.shape[0]), min(num_positions, old.shape[2])
+    new[:num_rows, :, :num_positions] = old[:num_rows, :, :num_positions]
     return new
 
 
-def _rounded(num_positions: int) -> int:
-    return -(-num_positions // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE
+def _rounded(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 class RowCache(Cache):
@@ -135,31 +146,62 @@ class RowCache(Cache):
         self.max_rows, self.max_positions, self.padding = max_rows, max_positions, padding
         super().__init__(layers=[RowLayer(self.window) for _ in range(num_layers)])
 
-    def reserve(self, num_rows: int, num_positions: int) -> None:
-        """Make room for this many rows of this many positions; what is there stays. Whatever the device raises when it is full."""
+    def reserve(self, num_rows: int, num_positions: int, other_row_bytes: int = 0) -> None:
+        """Make room for this many rows of this many positions; what they hold stays. Whatever the device raises when it is full.
+
+        other_row_bytes: what each row takes elsewhere.
+        """
         window = self.window
         if num_rows <= window.num_rows and num_positions <= window.num_positions:
             return
-        rows = window.num_rows if num_rows <= window.num_rows else min(max(num_rows, 2 * window.num_rows), self.max_rows)
         positions = window.num_positions
         if num_positions > positions:
-            positions = min(_rounded(max(num_positions, 2 * positions)), self.max_positions)
+            positions = min(self._padded(max(num_positions, 2 * positions)), self.max_positions)
+        rows = self._rows_to_reserve(num_rows, positions, other_row_bytes)
         for layer in self.layers:
             layer.resize(rows, positions)
         window.num_rows, window.num_positions = rows, positions
 
+    def _rows_to_reserve(self, num_rows: int, num_positions: int, other_row_bytes: int) -> int:
+        """Twice what there was. Where rows are padded, and so steps captured that are lost when the cache moves, all that there may
+        ever be, as far as free memory allows."""
+        there = self.window.num_rows
+        free = free_bytes(self.layers[0].device) if self.padding == "rows and positions" and self.row_bytes else None
+        if free is None:
+            return there if num_rows <= there else min(max(num_rows, 2 * there), self.max_rows)
+        row_bytes = self.row_bytes * num_positions // self.window.num_positions + other_row_bytes
+        free += there * (self.row_bytes + other_row_bytes)  # what is there is given back
+        return max(num_rows, min(self.max_rows, int(SHARE_OF_FREE_MEMORY * free) // row_bytes))
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes in all layers as it is reserved now; 0 before anything was written."""
+        return sum(layer.row_bytes for layer in self.layers)
+
     def step_shape(self, first_row: int, num_rows: int, width: int) -> tuple[int, int]:
         """Rows and positions of a step that decodes `num_rows` rows and looks at `width` positions.
 
-        Padded positions are a multiple of 64, or all there are, padded rows a power of two: each such shape can be captured once
-        and replayed. What the spare rows compute is written to `spare_position`.
+        Each such shape can be captured once and replayed. Padded rows are a power of two, or all there are, padded positions a
+        multiple of 64, or all there are; with padded rows, of a quarter of the last power of two where that is more, so that
+        there are four widths to each doubling. What the spare rows compute is written to `spare_position`.
         """
         if self.padding == "none":
             return num_rows, width
         rows = num_rows
         if self.padding == "rows and positions":
             rows = min(1 << (num_rows - 1).bit_length(), self.window.num_rows - first_row)
-        return rows, min(_rounded(width), self.window.num_positions)
+        return rows, min(self._padded(width), self.window.num_positions)
+
+    def _padded(self, width: int) -> int:
+        quarter = (1 << (width - 1).bit_length()) // 8 if self.padding == "rows and positions" else 0
+        return _rounded(width, max(POSITIONS_AT_ONCE, quarter))
+
+    def step_widths(self, num_positions: int) -> list[int]:
+        """Every width that `step_shape` gives to steps that look at up to `num_positions` positions, of those that are reserved."""
+        widths, most = [self.step_shape(0, 1, 1)[1]], min(num_positions, self.window.num_positions)
+        while widths[-1] < most:
+            widths.append(self.step_shape(0, 1, widths[-1] + 1)[1])
+        return widths
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -187,10 +229,8 @@ class RowCache(Cache):
 
     def begin_tokens(self, first_row: int, positions: Tensor, width: int) -> None:
         """The next forward reads one token a row. positions: (n,) int64, where each is written; width: the largest, plus one."""
-        window, rows = self.window, slice(first_row, first_row + positions.shape[0])
-        if window.numbered != rows:
-            window.numbered, window.row_numbers = rows, torch.arange(rows.start, rows.stop, device=positions.device)
-        window.rows, window.positions, window.width = rows, positions, width
+        window = self.window
+        window.rows, window.positions, window.width = slice(first_row, first_row + positions.shape[0]), positions, width
         window.places.clear()
         window.whole_prompts = False
 
@@ -251,10 +291,14 @@ class CrossLayer(CacheLayerMixin):
     def addresses(self) -> tuple[int, ...]:
         return (self._keys.data_ptr(), self._values.data_ptr()) if self.is_initialized else ()
 
+    @property
+    def row_bytes(self) -> int:
+        return (self._keys[:1].nbytes + self._values[:1].nbytes) if self.is_initialized else 0
+
     def resize(self, num_rows: int, num_positions: int) -> None:
-        if self.is_initialized and num_rows > self._keys.shape[0]:
-            self._keys = _enlarged(self._keys, num_rows, self._keys.shape[2])
-            self._values = _enlarged(self._values, num_rows, self._values.shape[2])
+        if self.is_initialized and num_rows != self._keys.shape[0]:
+            self._keys = _resized(self._keys, num_rows, self._keys.shape[2])
+            self._values = _resized(self._values, num_rows, self._values.shape[2])
 
     def move(self, source: int, target: int, length: int) -> None:
         if self.is_initialized and length:
@@ -288,13 +332,17 @@ class SpeechCache(EncoderDecoderCache):
 
     def reserve(self, num_rows: int, num_positions: int) -> None:
         """As `RowCache.reserve`."""
-        self.own.reserve(num_rows, num_positions)
+        self.own.reserve(num_rows, num_positions, sum(layer.row_bytes for layer in self.cross_attention_cache.layers))
         for layer in self.cross_attention_cache.layers:
             layer.resize(self.own.window.num_rows, 0)
 
     def step_shape(self, first_row: int, num_rows: int, width: int) -> tuple[int, int]:
         """As `RowCache.step_shape`."""
         return self.own.step_shape(first_row, num_rows, width)
+
+    def step_widths(self, num_positions: int) -> list[int]:
+        """As `RowCache.step_widths`."""
+        return self.own.step_widths(num_positions)
 
     @property
     def addresses(self) -> tuple[int, ...]:

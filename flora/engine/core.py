@@ -7,6 +7,7 @@ request, by name, and no other.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -19,14 +20,16 @@ from torch import Tensor
 
 from flora.bank import IDENTITY_SLOT, AdapterBank, BatchServing
 from flora.engine.cache import Padding
-from flora.engine.graphs import Capture, DecodeGraphs
+from flora.engine.graphs import Capture, DecodeGraphs, DecodeSteps
 from flora.engine.request import Completion, Event, FailEvent, FinishEvent, Request, TokenEvent
 from flora.engine.runner import EncodedRequest, PromptPiece, Runner
 from flora.engine.scheduler import Chunk, Scheduler
 from flora.engine.vocabulary import Vocabulary, choose_tokens
-from flora.errors import FloraError, ServingError
+from flora.errors import BusyError, FloraError, ServingError
 
 logger = logging.getLogger(__name__)
+
+NOT_ASKED_FOR = "the engine was made not to capture its steps"
 
 
 @dataclass
@@ -98,6 +101,7 @@ class Counts:
     finished: int = 0
     failed: int = 0
     cancelled: int = 0
+    decode: dict[str, DecodeSteps] = field(default_factory=dict)  # by method
 
 
 class Core:
@@ -122,7 +126,8 @@ class Core:
         self.runner, self.bank, self.vocabulary, self.method, self.counts = runner, bank, vocabulary, method, counts
         self.scheduler: Scheduler[Row] = Scheduler(max_rows, max_batch_tokens)
         self.cache = runner.new_cache(max_rows, padding)
-        self.graphs = None if capture is None else DecodeGraphs(runner, capture)
+        self._decode_steps = counts.decode.setdefault(method, DecodeSteps())
+        self.graphs = None if capture is None else DecodeGraphs(runner, capture, self._decode_steps)
         self._decode_serving: BatchServing | None = None  # of the rows that decode; None once one has come or gone
         self._merged_serving: BatchServing | None = None  # method `merged`: of the one adapter that is being served
         self.told: list[Told] = []  # of the step under way
@@ -185,6 +190,42 @@ class Core:
             self.bank.unpin(row.slot)
             row.slot = None
 
+    @torch.inference_mode()
+    def capture(self, adapters: Sequence[str | None], num_positions: int) -> int:
+        """Capture what decodes 1 … max_rows requests of up to `num_positions` positions before there are any; how many shapes were.
+
+        adapters: of the rows, one after another in turn. From then on the cache has room for all of them.
+        """
+        if self.graphs is None or self.method == "merged":
+            return 0
+        if self.busy:
+            raise BusyError(f"requests with {self.method} are on their way: capture its steps before they are sent, or after")
+        num_captured, max_rows = self.graphs.num_captured, self.scheduler.max_rows
+        slots: list[int] = []
+        try:
+            for _, adapter in zip(range(max_rows), itertools.cycle(adapters), strict=False):
+                slots.append(self.bank.pin_now(adapter, self.method))
+            blank = self.runner.blank()
+            self.cache.reserve(1, len(blank.prompt_ids))
+            piece = PromptPiece(blank, 0, len(blank.prompt_ids))
+            self.runner.prefill([piece], self.cache, 0, self.bank.arrange(slots[:1], self.method))  # the cache takes its memory
+            self.cache.reserve(max_rows, num_positions)
+            for num_rows in range(max_rows, 0, -1):
+                num_spare = self.cache.step_shape(0, num_rows, 1)[0] - num_rows
+                serving = self._arranged(slots[:num_rows], num_spare)
+                for width in self.cache.step_widths(num_positions):
+                    self.graphs.prepare(num_rows, width, self.cache, serving)
+            for row in range(max_rows):
+                self.cache.clear(row)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ServingError(
+                f"the device has no memory for {max_rows} requests of {num_positions} positions: capture fewer, or shorter ones"
+            ) from error
+        finally:
+            for slot in slots:
+                self.bank.unpin(slot)
+        return self.graphs.num_captured - num_captured
+
     # ------------------------------------------------------------------------------------------------------------- step
 
     @torch.inference_mode()
@@ -225,12 +266,15 @@ class Core:
         return True
 
     def _serving(self, rows: Sequence[Row], num_spare: int = 0) -> BatchServing:
-        slots = [*(row.slot for row in rows), *[IDENTITY_SLOT] * num_spare]
+        slots = [row.slot for row in rows]
         if self.method != "merged":
-            return self.bank.arrange(slots, self.method)
+            return self._arranged(slots, num_spare)
         if self._merged_serving is None:
             self._merged_serving = self.bank.arrange(slots[:1], "merged")
         return self._merged_serving
+
+    def _arranged(self, slots: Sequence[int], num_spare: int) -> BatchServing:
+        return self.bank.arrange([*slots, *[IDENTITY_SLOT] * num_spare], self.method, num_spare=num_spare)
 
     # --------------------------------------------------------------------------------------------------------------- run
 
@@ -246,8 +290,10 @@ class Core:
             part = rows[start:stop]
             serving = self._decode_serving if len(part) == len(rows) else serving_of(start, stop)
             tokens, positions = [row.token_ids[-1] for row in part], [row.position for row in part]
-            decode = self.runner.decode if self.graphs is None else self.graphs.decode
-            return decode(tokens, positions, self.cache, start, serving)
+            if self.graphs is not None:
+                return self.graphs.decode(tokens, positions, self.cache, start, serving)
+            self._decode_steps.ran, self._decode_steps.reason = self._decode_steps.ran + 1, NOT_ASKED_FOR
+            return self.runner.decode(tokens, positions, self.cache, start, serving)
 
         outcomes = self._isolate(forward, rows, first=False)
         for row in rows:  # before any leaves: those behind it move, with all that they have cached

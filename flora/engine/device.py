@@ -1,4 +1,4 @@
-"""Whose turn it is on a device, and the thread that computes: for every forward of every engine in this process."""
+"""Whose turn it is on a device, the thread that computes, and the memory that is free: for every engine in this process."""
 
 from __future__ import annotations
 
@@ -83,6 +83,14 @@ def turns_on(device: torch.device) -> TurnLock:
     """The lock of a device: two engines on one device do not compute at once, which would make both slower and no time true."""
     with _guard:
         return _locks.setdefault(str(device), TurnLock())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that nobody has, what PyTorch keeps for later included; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 class _Call:

@@ -20,10 +20,10 @@ import torch
 
 from flora import backend, ops
 from flora.bank import AdapterBank, AdapterInfo, PreparedAdapter
-from flora.engine.core import Core, Counts, Row
+from flora.engine.core import NOT_ASKED_FOR, Core, Counts, Row
 from flora.engine.device import TurnLock, apart, compute_on, turns_on
 from flora.engine.generation import BatchGeneration, Generation, SequentialGeneration
-from flora.engine.graphs import Capture, CudaCapture
+from flora.engine.graphs import Capture, CudaCapture, DecodeSteps
 from flora.engine.recording import RecordedCapture
 from flora.engine.request import Completion, Event, FailEvent, FinishEvent, Request
 from flora.engine.runner import EncodedRequest, make_runner
@@ -77,6 +77,8 @@ class EngineSnapshot:
     batch: dict[str | None, int]  # adapter → requests that run with it
     adapter_slots: int
     adapter_slots_used: int
+    num_captured: int  # steps that decode, see `Engine.captured`
+    num_replayed: int
 
 
 class Engine:
@@ -245,8 +247,7 @@ class Engine:
         self._encode(request, method)
 
     def _encode(self, request: Request, method: str) -> EncodedRequest:
-        if method not in ops.METHODS:
-            raise RequestError(f"unknown method {method!r}; methods are {', '.join(ops.METHODS)}")
+        _check_method(method)
         if not isinstance(request, Request):
             raise RequestError(f"expected a flora.Request, not {type(request).__name__}")
         if request.adapter is not None:
@@ -363,7 +364,39 @@ class Engine:
             batch=dict(Counter(running)),
             adapter_slots=self.bank.slot_capacity,
             adapter_slots_used=self.bank.slots_used,
+            num_captured=sum(steps.captured for steps in list(counts.decode.values())),
+            num_replayed=sum(steps.replayed for steps in list(counts.decode.values())),
         )
+
+    # --------------------------------------------------------------------------------------------- captured steps
+
+    def capture(self, method: str = "flora", adapters: Sequence[str | None] = (), num_positions: int = 256) -> int:
+        """Capture a method's decode steps before requests come, so that no request has to wait for it; returns how many were.
+
+        They are the steps of 1, 2, 4 … max_batch_size rows (on a CPU, where rows are not padded, of every number of rows) at every
+        width up to `num_positions`, the prompt and new tokens of the longest request. adapters: of the rows, one after another in
+        turn; none: the base model. A batch whose adapters have other ranks is another step. The cache has room for them all from
+        then on, and both are kept however long nobody asks for the method. They are those of the requests that are submitted, not
+        of the batches that `start` makes. Where the method's steps cannot be captured, nothing is, and `captured` says why.
+        Not for listeners: it waits for the engine's thread. Raises RequestError or AdapterError for what cannot be served,
+        BusyError while requests with the method are on their way, ServingError where the device has not the memory.
+        """
+        _check_method(method)
+        if not 1 <= num_positions <= self.context_length:
+            raise RequestError(f"num_positions must be 1 to {self.context_length}, the model's context, not {num_positions}")
+        tags = list(adapters) or [None]
+        for tag in tags:
+            if tag is not None:
+                self.bank.family_for(tag, method)
+        if not self.capture_steps:
+            return 0
+        return self._server.prepare(method, lambda core: core.capture(tags, num_positions))
+
+    def captured(self, method: str = "flora") -> DecodeSteps:
+        """How many of a method's decode steps were captured, replayed, or ran as ever so far, in batches of all kinds, and why the
+        last one ran, where that will not change. Two of them, before and after, say what happened between."""
+        _check_method(method)
+        return replace(self._counts.decode.get(method, DecodeSteps(reason=None if self.capture_steps else NOT_ASKED_FOR)))
 
     # ---------------------------------------------------------------------------------------- a batch of one's own
 
@@ -493,6 +526,11 @@ class _Locked:
             self._engine._turns.__exit__()
         else:
             self._engine._server.abandoned.append(self._generation)
+
+
+def _check_method(method: str) -> None:
+    if method not in ops.METHODS:
+        raise RequestError(f"unknown method {method!r}; methods are {', '.join(ops.METHODS)}")
 
 
 def _sampler(seed: int, place: int) -> torch.Generator:

@@ -12,13 +12,15 @@ of one batch alone are known by, for as long as that batch lasts.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Protocol
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from flora.engine.runner import Runner, token_inputs
 from flora.layers import AdaptedLinear, LayerPlan, Serving
 
 logger = logging.getLogger(__name__)
+
 
 class Captured(Protocol):
     """Work that can be repeated."""
@@ -51,7 +54,7 @@ class Capture(Protocol):
         """of_batch: the tensors whose values change with the batch alone."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _CudaGraph:
     graph: torch.cuda.CUDAGraph
     output: Tensor
@@ -67,11 +70,11 @@ class _CudaGraph:
 class CudaCapture:
     """A `Capture` in CUDA graphs, whose memory is one pool: only one of them runs at a time. Each takes some of its own besides."""
 
-    on_host, first_steps, most = False, 1, 64
+    on_host, first_steps, most = False, 1, 128
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._pool: tuple[int, int] | None = None
+        self._alive: WeakSet[_CudaGraph] = WeakSet()
 
     def __call__(self, function: Callable[[], Tensor], of_batch: Sequence[Tensor] = ()) -> Captured:
         # What the libraries set up at a first call must not be captured: the function runs once before, on the same stream.
@@ -81,11 +84,35 @@ class CudaCapture:
             function()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads of this process may use the device meanwhile: another engine, or adapters on their way to it.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        # A pool is gone with the last of its graphs, and its number never to be used again: one of them is held meanwhile.
+        sharing = next(iter(self._alive), None)
+        pool = None if sharing is None else sharing.graph.pool()
+        # Other threads of this process may use the device meanwhile: another engine, or adapters on their way to it. The stream
+        # that was current is so again even where the capture fails, which torch.cuda.graph alone does not see to.
+        with (
+            _no_garbage_collection(),
+            torch.cuda.stream(current),
+            torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             output = function()
-        self._pool = graph.pool()
-        return _CudaGraph(graph, output)
+        captured = _CudaGraph(graph, output)
+        self._alive.add(captured)
+        return captured
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What it would free, another graph or an event among it, may call the device in a way that ends a capture as invalid."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+_WAITS = "layer {} is quantised, and its own product may wait for the device"
 
 
 @dataclass(frozen=True)
@@ -119,8 +146,19 @@ class StaticServing:
         return self._plans[layer]
 
 
-def needs_of(serving: Serving, layers: dict[str, AdaptedLinear]) -> _Needs | None:
-    """What a decode step of this batch takes; None where it cannot be captured."""
+@dataclass
+class DecodeSteps:
+    """Of one method: how many of its decode steps were captured, were replayed, or ran as ever, and why the last one did, where
+    that will not change."""
+
+    captured: int = 0
+    replayed: int = 0
+    ran: int = 0
+    reason: str | None = None
+
+
+def needs_of(serving: Serving, layers: dict[str, AdaptedLinear]) -> _Needs | str:
+    """What a decode step of this batch takes, or why it cannot be captured."""
     layout: list[Hashable] = [serving.method]
     addresses: list[int] = []
     numbers: dict[int, Tensor] = {}  # by address, each once
@@ -130,16 +168,18 @@ def needs_of(serving: Serving, layers: dict[str, AdaptedLinear]) -> _Needs | Non
         plan = serving.plan(name)
         if plan is None:
             if layer.is_black_box:
-                return None  # its product may wait for the device
+                return _WAITS.format(name)
             layout.append(None)
             continue
         shape_of_bias = None
         if plan.bias is not None:
             shape_of_bias = tuple(plan.bias.shape)
             biases.append(plan.bias)
-        reads = None if plan.merged_weight is not None else layer.decode_reads(serving.method, plan.routing)
+        if plan.merged_weight is not None:
+            return "a captured step would keep a whole model of merged weights for as long as it is kept itself"
+        reads = layer.decode_reads(serving.method, plan.routing)
         if reads is None:
-            return None  # with merged weights, a graph would keep a whole model's for as long as it is kept itself
+            return _WAITS.format(name) if layer.is_black_box else f"{serving.method} finds its factors by numbers of the host"
         own_layout, own_numbers = reads
         numbers.setdefault(own_numbers.data_ptr(), own_numbers)
         # Layers that share their numbers in one batch must share them in the next.
@@ -149,10 +189,11 @@ def needs_of(serving: Serving, layers: dict[str, AdaptedLinear]) -> _Needs | Non
     return _Needs(tuple(layout), tuple(addresses), tuple(numbers.values()), tuple(biases), tuple(factors))
 
 
-def needs_of_one_batch(serving: Serving, layers: dict[str, AdaptedLinear]) -> _Needs | None:
-    """What is captured of this batch alone, with all that it has; None where a layer's product may wait for the device."""
-    if any(layer.is_black_box for layer in layers.values()):
-        return None
+def needs_of_one_batch(serving: Serving, layers: dict[str, AdaptedLinear]) -> _Needs | str:
+    """What is captured of this batch alone, with all that it has, or why it cannot be."""
+    for name, layer in layers.items():
+        if layer.is_black_box:
+            return _WAITS.format(name)
     return _Needs((serving.method, object()), (), (), (), of_one_batch=True)
 
 
@@ -194,16 +235,17 @@ class _Graph:
 class DecodeGraphs:
     """`Runner.decode` by replay, for one cache. A shape's first steps run as ever, then one is captured, later ones are replayed.
 
-    capture: what captures; `CudaCapture` on a GPU, `RecordedCapture` on a CPU. Logits are good until the next step. Batches that
-    cannot be captured run as ever. Where capturing fails, that is logged, `failure` says why, and all steps run as ever from then
-    on.
+    capture: what captures; `CudaCapture` on a GPU, `RecordedCapture` on a CPU. steps: where its steps are counted, besides. Logits
+    are good until the next step. Batches that cannot be captured run as ever. Where capturing fails, that is logged, `failure` says
+    why, and all steps run as ever from then on.
     """
 
-    def __init__(self, runner: Runner, capture: Capture) -> None:
+    def __init__(self, runner: Runner, capture: Capture, steps: DecodeSteps | None = None) -> None:
         self._runner, self._capture = runner, capture
         self._addresses: tuple[int, ...] = ()  # of the cache
         self._graphs: OrderedDict[Hashable, _Graph | int] = OrderedDict()  # an int: steps that ran as ever so far
-        self._needs: WeakKeyDictionary[BatchServing, _Needs | None] = WeakKeyDictionary()
+        self._needs: WeakKeyDictionary[BatchServing, _Needs | str] = WeakKeyDictionary()
+        self._steps = DecodeSteps() if steps is None else steps
         self.num_captured = self.num_replayed = 0
         self.failure: str | None = None
 
@@ -216,8 +258,9 @@ class DecodeGraphs:
         serving: BatchServing,
     ) -> Tensor:
         """As `Runner.decode`."""
-        needs = None if self.failure is not None else self._needs_of(serving)
-        if needs is None:
+        needs = self._needs_of(serving) if self.failure is None else self.failure
+        if isinstance(needs, str):
+            self._steps.ran, self._steps.reason = self._steps.ran + 1, needs
             return self._runner.decode(tokens, positions, cache, first_row, serving)
         inputs, width = token_inputs(tokens, positions, cache, first_row, self._runner.device)
         key = (first_row, inputs.shape[1], width, needs.layout)
@@ -229,13 +272,29 @@ class DecodeGraphs:
             logits = graph.replay(inputs, serving, needs)
             self._keep(key, graph)
             self.num_replayed += 1
+            self._steps.replayed, self._steps.reason = self._steps.replayed + 1, None
             return logits[: len(tokens)]
         logits = self._runner.read_tokens(inputs, width, cache, first_row, serving)
         if isinstance(graph, _Graph):
             self._prove(graph, logits, graph.replay(inputs, serving, needs))
         elif graph is not None:
             self._keep(key, graph + 1)
+        self._steps.ran, self._steps.reason = self._steps.ran + 1, self.failure
         return logits[: len(tokens)]
+
+    def prepare(self, num_rows: int, width: int, cache: RowCache | SpeechCache, serving: BatchServing) -> None:
+        """Have steps of the first rows of `cache` captured that look at `width` positions; nothing where they cannot be.
+
+        What the rows hold at position `width` - 1 is overwritten.
+        """
+        for _ in range(self._capture.first_steps + 2):  # it runs as ever, is captured, and proves itself
+            needs = self._needs_of(serving) if self.failure is None else self.failure
+            if isinstance(needs, str) or needs.of_one_batch:
+                return
+            graph = self._graphs.get((0, *cache.step_shape(0, num_rows, width), needs.layout))
+            if isinstance(graph, _Graph) and graph.is_proven:
+                return
+            self.decode([0] * num_rows, [width - 1] * num_rows, cache, 0, serving)
 
     def _lasts(self, key: tuple[int, int, int, Hashable]) -> bool:
         """Whether the rows of this step were captured already, when they looked at fewer positions: they will be there for long."""
@@ -248,14 +307,14 @@ class DecodeGraphs:
         for key in [key for key, graph in self._graphs.items() if isinstance(graph, _Graph) and graph.needs.of_one_batch]:
             del self._graphs[key]
 
-    def _needs_of(self, serving: BatchServing) -> _Needs | None:
+    def _needs_of(self, serving: BatchServing) -> _Needs | str:
         if serving not in self._needs:
             for graph in self._graphs.values():
                 if isinstance(graph, _Graph):
                     graph.captured.forget_batch()  # else each shape would keep what the rows of its last batch had gathered
             layers = self._runner.bank.layers
             needs = needs_of(serving, layers)
-            if needs is None and self._capture.on_host:
+            if isinstance(needs, str) and self._capture.on_host:
                 self.forget_batches()
                 needs = needs_of_one_batch(serving, layers)
             self._needs[serving] = needs
@@ -294,6 +353,7 @@ class DecodeGraphs:
             self._give_up(f"{type(error).__name__}: {error}", error)
             return None
         self.num_captured += 1
+        self._steps.captured += 1
         return graph
 
     def _prove(self, graph: _Graph, expected: Tensor, replayed: Tensor) -> None:

@@ -62,6 +62,9 @@ class Runner(Protocol):
     def encode(self, request: Request) -> EncodedRequest:
         """Turn a request into the model's inputs; raises a RequestError for one that cannot be served."""
 
+    def blank(self) -> EncodedRequest:
+        """A request that says nothing, the shortest there is."""
+
     def cost(self, encoded: EncodedRequest) -> int:
         """Positions that the model computes to read the prompt, the encoder's among them."""
 
@@ -159,6 +162,9 @@ class CodeRunner:
             )
         return EncodedRequest(tuple(ids))
 
+    def blank(self) -> EncodedRequest:
+        return EncodedRequest((0,))
+
     def cost(self, encoded: EncodedRequest) -> int:
         return len(encoded.prompt_ids)
 
@@ -229,6 +235,7 @@ class SpeechRunner:
         config = loaded.model.config
         self.context_length = config.max_target_positions
         self.num_layers, self.num_frames, self.width = config.decoder_layers, config.max_source_positions, config.d_model
+        self.num_bins = config.num_mel_bins
         self.window_s = config.max_source_positions * 2 * self.extractor.hop_length / self.extractor.sampling_rate
         self._cache_argument = _cache_argument(loaded.model)
         self._start = _StartTokens(loaded.model.generation_config, config)
@@ -277,6 +284,11 @@ class SpeechRunner:
             **{self._cache_argument: cache},
             use_cache=cache is not None,
         ).logits
+
+    def blank(self) -> EncodedRequest:
+        # The encoder's convolutions halve the frames once.
+        features = torch.zeros(self.num_bins, 2 * self.num_frames, device=self.device, dtype=self.dtype)
+        return EncodedRequest(self._start.known, features)
 
     def cost(self, encoded: EncodedRequest) -> int:
         return self.num_frames + len(encoded.prompt_ids)

@@ -13,6 +13,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
 from weakref import WeakSet
 
 import torch
@@ -36,7 +38,7 @@ KEPT_DEADLINES = 64
 
 IDLE_S = 10.0
 """How long the thread waits for work before it ends, and keeps its engine no longer; the next request starts another. As long as
-that a method that nobody asks for keeps its cache, and the steps that were captured with it."""
+that a method that nobody asks for keeps its cache, and the steps that were captured with it, unless they were captured ahead."""
 
 EXIT_S = 5.0
 """How long the end of the interpreter waits for the thread."""
@@ -161,10 +163,12 @@ class Server:
         self._news = threading.Condition()
         self._arrived: deque[Ticket] = deque()
         self._cancelled: deque[Ticket] = deque()
+        self._preparing: deque[tuple[str, Callable[[Core], int], Future[int]]] = deque()
         self._closing_s: float | None = None  # when what still runs will be ended
         self._thread: threading.Thread | None = None
         # What follows belongs to the thread.
         self._cores: dict[str, Core] = {}
+        self._prepared: set[str] = set()  # methods whose cores are kept, however long nobody asks for them
         self._used_s: dict[str, float] = {}  # method → when its core last had a request, of time.perf_counter
         self._tickets: dict[Row, Ticket] = {}
         self._deadlines: list[tuple[float, int, Ticket]] = []
@@ -219,6 +223,21 @@ class Server:
             self._cancelled.append(ticket)
             self._news.notify()
 
+    def prepare(self, method: str, work: Callable[[Core], int]) -> int:
+        """Have the thread do some work on a method's core between two steps, wait, and return what it returns.
+
+        The core is kept from then on, however long nobody asks for the method. BusyError where the engine is shutting down; raises
+        what the work raises.
+        """
+        result: Future[int] = Future()
+        with self._news:
+            if self._closing_s is not None:
+                raise BusyError("the engine is shutting down: it takes no more requests")
+            self._start_thread()
+            self._preparing.append((method, work, result))
+            self._news.notify()
+        return result.result()
+
     def close(self, timeout_s: float, join_s: float | None = None) -> None:
         """Take no more requests; what runs may finish for `timeout_s`, then it fails by name. Waits for the thread, `join_s` at
         most."""
@@ -270,7 +289,8 @@ class Server:
         with self._news:
             if not self._news.wait_for(self._has_work, IDLE_S):
                 self._thread = None
-                self._cores.clear()
+                for method in self._cores.keys() - self._prepared:
+                    del self._cores[method]
                 return False
             cancelled = list(self._cancelled)
             self._cancelled.clear()
@@ -278,6 +298,7 @@ class Server:
             closing_s = self._closing_s
         with self._turns:
             self.close_abandoned()
+            self._prepare()
             self._take_in()
             self._end(cancelled, overdue, closing_s)
         if self._tickets and not self._step():
@@ -291,13 +312,13 @@ class Server:
     def _drop_idle_cores(self) -> None:
         now = time.perf_counter()
         for method, core in list(self._cores.items()):
-            if core.busy:
+            if core.busy or method in self._prepared:
                 self._used_s[method] = now
             elif now - self._used_s[method] > IDLE_S:
                 del self._cores[method]
 
     def _has_work(self) -> bool:
-        return bool(self._arrived or self._cancelled or self._tickets or self._closing_s is not None)
+        return bool(self._arrived or self._cancelled or self._preparing or self._tickets or self._closing_s is not None)
 
     def _overdue(self) -> list[Ticket]:
         now, overdue = time.perf_counter(), []
@@ -308,14 +329,26 @@ class Server:
             heapq.heapify(self._deadlines)
         return overdue
 
+    def _prepare(self) -> None:
+        while self._preparing:
+            method, work, result = self._preparing.popleft()
+            try:
+                result.set_result(self._compute(partial(work, self._core(method))))
+                self._prepared.add(method)
+            except BaseException as error:  # it is its caller's, who raises it
+                result.set_exception(error)
+
+    def _core(self, method: str) -> Core:
+        if method not in self._cores:
+            self._cores[method] = self._make_core(method)
+        self._used_s[method] = time.perf_counter()
+        return self._cores[method]
+
     def _take_in(self) -> None:
         while self._arrived:  # one by one: whatever is wrong with one, the next is still there
             ticket = self._arrived.popleft()
             self._tickets[ticket._row] = ticket
-            if ticket.method not in self._cores:
-                self._cores[ticket.method] = self._make_core(ticket.method)
-            self._used_s[ticket.method] = time.perf_counter()
-            self._cores[ticket.method].add(ticket._row)
+            self._core(ticket.method).add(ticket._row)
 
     def _end(self, cancelled: list[Ticket], overdue: list[Ticket], closing_s: float | None) -> None:
         """End requests before their time: those that were cancelled, those whose deadline has passed, or all at the end."""
@@ -383,6 +416,8 @@ class Server:
             core.close()
         self._arrived.clear()
         self._cancelled.clear()
+        self._preparing.clear()
+        self._prepared.clear()
         self._deadlines.clear()
         self._cores, self._tickets = {}, {}
 

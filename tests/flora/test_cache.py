@@ -158,6 +158,58 @@ def test_what_is_reserved_doubles_and_stops_at_the_most():
     assert sizes == [(1, 64), (2, 64), (4, 128), (8, 128), (8, 256), (11, 300), (11, 300), (11, 300)]
 
 
+def shapes_reserved(cache: RowCache, *asked: tuple[int, int]) -> list[tuple[int, int]]:
+    sizes = []
+    for rows, positions in asked:
+        cache.reserve(rows, positions)
+        sizes.append((cache.window.num_rows, cache.window.num_positions))
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("free_rows", "expected"),
+    [
+        (1000, [(1, 64), (8, 64), (8, 64), (8, 128), (8, 256)]),  # once more than one came, all that there may ever be
+        (6, [(1, 64), (3, 64), (4, 64), (2, 128), (2, 256)]),  # as many as half of what is free holds, or are needed
+        (0, [(1, 64), (2, 64), (4, 64), (2, 128), (2, 256)]),
+        (None, [(1, 64), (2, 64), (4, 64), (4, 128), (4, 256)]),  # it is not known: twice what there was
+    ],
+)
+def test_padded_rows_are_reserved_once_where_the_device_has_the_memory(free_rows, expected, models, monkeypatch):
+    """Whatever moves the cache, captured steps are lost. One row of 64 positions counts as one."""
+    model = models["code"]
+    cache = RowCache(layers_of(model), 8, 300, "rows and positions")
+    sizes = shapes_reserved(cache, (1, 5))
+    rows = [Sequence(model, [3 + place] * 30) for place in range(2)]
+    read_pieces(model, cache, rows[:1], 0, [4])
+    row_bytes = cache.row_bytes
+
+    def free(device: torch.device) -> int | None:
+        return None if free_rows is None else free_rows * row_bytes - cache.window.num_rows * cache.row_bytes
+
+    monkeypatch.setattr(cache_module, "free_bytes", free)
+    sizes += shapes_reserved(cache, (2, 5), (4, 5))
+    read_pieces(model, cache, rows[1:], 1, [9])
+    sizes += shapes_reserved(cache, (2, 70), (2, 129))
+    read_tokens(model, cache, rows)
+    assert sizes == expected
+
+
+def test_widths_grow_by_quarters_of_a_doubling_where_steps_are_captured_by_cuda():
+    cache = RowCache(1, 4, 8000, "rows and positions")
+    cache.reserve(4, 8000)
+    widths = cache.step_widths(8000)
+    assert widths[:16] == [64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048]
+    assert widths[-1] == 8000 and len(widths) == 24
+    for width in range(1, 8001):
+        padded = cache.step_shape(0, 1, width)[1]
+        assert padded in widths and width <= padded < width + max(64, width / 4)
+    assert cache.step_widths(65) == [64, 128]
+    plain = RowCache(1, 4, 1000, "positions")
+    plain.reserve(1, 1000)
+    assert plain.step_widths(1000) == [*range(64, 1000, 64), 1000]
+
+
 def test_a_cache_that_could_not_grow_grows_later(models, monkeypatch):
     """The device was full when half of its layers had grown; a smaller request comes next."""
     model = models["code"]
@@ -165,16 +217,16 @@ def test_a_cache_that_could_not_grow_grows_later(models, monkeypatch):
     cache.reserve(2, 64)
     rows = [Sequence(model, [3 + place] * 30) for place in range(4)]
     read_pieces(model, cache, rows[:2], 0, [4, 9])
-    enlarged, made = cache_module._enlarged, []
+    resized, made = cache_module._resized, []
 
     def full(*args):
         made.append(args)
         if len(made) > 2:
             raise torch.OutOfMemoryError("x")
-        return enlarged(*args)
+        return resized(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache_module, "_enlarged", full)
+        patched.setattr(cache_module, "_resized", full)
         with pytest.raises(torch.OutOfMemoryError):
             cache.reserve(8, 96)
     read_tokens(model, cache, rows[:2])

@@ -1,7 +1,6 @@
 """The decode step as a graph: what is recorded once answers like the step itself, and nothing stale is ever replayed.
 
-There is no CUDA graph on a CPU. `AsStrictAsCuda` is as strict as one: it notes the operations on tensors as they run, and repeats
-those alone, on the same tensors, into the same results. No line of the model's Python runs again.
+There is no CUDA graph on a CPU: `strict_capture` stands in for it.
 """
 
 from __future__ import annotations
@@ -10,90 +9,23 @@ import itertools
 from copy import deepcopy
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+from strict_capture import AsStrictAsCuda, strict_engines
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from flora import Engine, Request, backend, ops
-from flora.engine.graphs import DecodeGraphs, StaticServing, needs_of
+from flora.bank import BatchServing
+from flora.engine.graphs import StaticServing, needs_of
 from flora.engine.runner import PromptPiece
 from flora.layers import AdaptedLinear, LayerPlan, ServingHolder
 
 
-class Recorder(TorchDispatchMode):
-    """Every operation that runs, with the tensors it had and those it gave."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, result))
-        return result
-
-
-def tensors(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-@dataclass
-class Record:
-    """What repeats the work; the first time it has not been done yet, as with a CUDA graph."""
-
-    calls: list
-    output: torch.Tensor
-
-    @torch.inference_mode()
-    def replay(self) -> torch.Tensor:
-        for operation, args, kwargs, old in self.calls:
-            homes = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
-            new = operation(*args, **kwargs)
-            for was, now in zip(tensors(old), tensors(new), strict=True):
-                if was.untyped_storage().data_ptr() not in homes:  # else it is a view, or what was written in place
-                    was.copy_(now)
-        return self.output
-
-    def forget_batch(self) -> None:
-        """All is done anew."""
-
-
-class AsStrictAsCuda:
-    """A `Capture`."""
-
-    on_host, first_steps, most = False, 1, 64
-
-    def __call__(self, function, of_batch=()) -> Record:
-        with Recorder() as recorder:
-            output = function()
-        output.fill_(torch.nan)  # until it is replayed
-        return Record(recorder.calls, output)
-
-
 @pytest.fixture
-def recording(checkpoints, monkeypatch):
-    """kind, options → an engine on the CPU whose decode steps are recorded and replayed, and the `DecodeGraphs` that it made."""
-    engines = []
-
-    def make(kind: str = "code", *tags: str, **options) -> tuple[Engine, list[DecodeGraphs]]:
-        engine, made = checkpoints[kind].engine(*tags, static_shapes=True, **options), []
-        make_core = engine._make_core
-
-        def noting(*arguments, **named):
-            core = make_core(*arguments, **named)
-            made.append(core.graphs)
-            return core
-
-        monkeypatch.setattr(engine, "new_capture", AsStrictAsCuda)
-        monkeypatch.setattr(engine, "_make_core", noting)
-        engines.append(engine)
-        return engine, made
-
-    yield make
-    for engine in engines:
-        engine.close()
+def recording(checkpoints):
+    with strict_engines(checkpoints) as make:
+        yield make
 
 
 def code_requests(num_tokens: int = 9) -> list[Request]:
@@ -190,16 +122,25 @@ class Steps:
         self.cache, self.graphs, self.runner = self.core.cache, self.core.graphs, engine.runner
         self.serving = engine.bank.arrange(self.slots, method)
         self.cache.reserve(len(tags), 32)
-        encoded = [engine.runner.encode(Request(prompt="ab")) for _ in tags]
+        hum = np.sin(np.arange(8000) / 9)
+        asked = Request(audio=hum, sampling_rate=16000) if engine.kind == "speech" else Request(prompt="ab")
+        encoded = engine.runner.encode(asked)
+        self.position = len(encoded.prompt_ids)
         with torch.inference_mode():
-            engine.runner.prefill([PromptPiece(one, 0, 2) for one in encoded], self.cache, 0, self.serving)
-        self.position = 2
+            engine.runner.prefill([PromptPiece(encoded, 0, self.position)] * len(tags), self.cache, 0, self.serving)
+        self.servings: dict[int, BatchServing] = {}  # of fewer rows
 
     @torch.inference_mode()
-    def step(self) -> str:
-        """One step, and what it was: "ran", "captured" or "replayed". Its logits are those of the step itself, or this fails."""
-        n = len(self.slots)
-        arguments = ([self.position + place for place in range(n)], [self.position] * n, self.cache, 0, self.serving)
+    def step(self, num_rows: int | None = None) -> str:
+        """One step, and what it was: "ran", "captured" or "replayed". Its logits are those of the step itself, or this fails.
+
+        num_rows: only of the first ones.
+        """
+        n, serving = len(self.slots), self.serving
+        if num_rows is not None:
+            n = num_rows
+            serving = self.servings.setdefault(n, self.engine.bank.arrange(self.slots[:n], self.method))
+        arguments = ([self.position + place for place in range(n)], [self.position] * n, self.cache, 0, serving)
         captured, replayed = self.graphs.num_captured, self.graphs.num_replayed
         logits = self.graphs.decode(*arguments).clone()
         expected = self.runner.decode(*arguments)
@@ -214,6 +155,15 @@ class Steps:
 def test_first_it_runs_then_it_is_captured_then_replayed(recording):
     steps = Steps(recording()[0], ["aa", None])
     assert [steps.step() for _ in range(4)] == ["ran", "captured", "replayed", "replayed"]
+
+
+@pytest.mark.parametrize("kind", ["code", "speech"])
+def test_steps_of_several_row_counts_take_turns(kind, recording):
+    """A step of one shape leaves nothing behind that a captured step of another shape reads, and takes nothing away."""
+    steps = Steps(recording(kind)[0], ["aa", None, "cc", "aa"])
+    for num_rows in (4, 2, 1):
+        assert [steps.step(num_rows) for _ in range(3)] == ["ran", "captured", "replayed"]
+    assert [steps.step(num_rows) for num_rows in (4, 1, 2, 4)] == ["replayed"] * 4
 
 
 def test_more_positions_in_sight_are_another_shape(recording):
