@@ -87,7 +87,7 @@ class Problem:
         tiles = self.routing.segment_tiles(self.x.shape[1], 16)
         y = nn.functional.linear(self.x, self.true_weight.to(self.dtype), self.bias)
         lists = (tiles.order, tiles.slot, tiles.rank, tiles.first, tiles.count)
-        sgmv_add_(y, self.x, self.A, self.B, *lists, tiles.rank_tile, shrink, expand)
+        sgmv_add_(y, self.x, self.A, self.B, *lists, tiles.rank_tile, (shrink, expand))
         return y
 
 
