@@ -49,6 +49,10 @@ class ExpandedTiles:
     def shape(self) -> tuple[int, ...]:
         return self.num_tiles, self.num_places, self.num_rows
 
+    @property
+    def lists(self) -> tuple[Tensor, ...]:
+        return self.row, self.component, self.owner, self.tile_row
+
 
 def expanded_tiles(
     slots: Sequence[int], ranks: Sequence[int], rank_stride: int, device: torch.device | str
@@ -107,6 +111,10 @@ class SegmentTiles:
     @property
     def shape(self) -> tuple[int, ...]:
         return len(self.order), self.num_tiles, self.num_tokens, self.rank_tile
+
+    @property
+    def lists(self) -> tuple[Tensor, ...]:
+        return self.order, self.slot, self.rank, self.first, self.count
 
 
 def segment_tiles(

@@ -9,19 +9,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
 from kernels_on_cpu import triton
 from triton._utils import find_paths_if, get_iterable_path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from flora import ops
-from flora.kernels import decode, modulate, sgmv
-from flora.kernels.launch import Config, Launch
+from flora.kernels.launch import Launch
 
 H100 = GPUTarget("cuda", 90, 32)
-META = torch.device("meta")
 
 
 @cache
@@ -38,7 +34,8 @@ def specialised(launch: Launch) -> tuple[ASTSource, dict, str]:
     )
     types, attributes = [one[0] for one in specialisation], [one[1] for one in specialisation]
     signature = dict(zip(kernel.arg_names, types, strict=True))
-    constants = {path: get_iterable_path(list(bound.values()), path) for path in find_paths_if(types, lambda _, one: one == "constexpr")}
+    constant_paths = find_paths_if(types, lambda _, one: one == "constexpr")
+    constants = {path: get_iterable_path(list(bound.values()), path) for path in constant_paths}
     attributes = [None if kind == "constexpr" else one for kind, one in zip(types, attributes, strict=True)]
     found = {
         path: backend.parse_attr(get_iterable_path(attributes, path))

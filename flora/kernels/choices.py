@@ -28,7 +28,9 @@ def key_of(form: str, d_in: int, d_out: int, dtype: torch.dtype, tile: tuple[int
 
 
 @cache
-def _key(form: str, d_in: int, d_out: int, dtype: torch.dtype, tile: tuple[int, ...], stored: tuple[torch.dtype, bool] | None) -> str:
+def _key(
+    form: str, d_in: int, d_out: int, dtype: torch.dtype, tile: tuple[int, ...], stored: tuple[torch.dtype, bool] | None
+) -> str:
     words = [f"{d_in} to {d_out}", str(dtype).removeprefix("torch.")]
     if stored is not None:
         words += [f"{stored[0]} weight".removeprefix("torch.")] * (stored[0] != dtype) + ["by input"] * stored[1]
@@ -57,7 +59,8 @@ def described(choice: Config | tuple[Config, ...]) -> str:
     """In words, for whoever records which configuration a number was made with."""
     if isinstance(choice, Config):
         tile = " x ".join(str(size) for size in (choice.block_n, choice.block_k) if size)
-        return f"{tile}, split {choice.split_k or 'auto'}, {choice.num_warps} warps, {choice.num_stages} stages, {choice.resident} resident"
+        warps, stages = f"{choice.num_warps} warps", f"{choice.num_stages} stages"
+        return f"{tile}, split {choice.split_k or 'auto'}, {warps}, {stages}, {choice.resident} resident"
     return "; ".join(described(one) for one in choice)
 
 

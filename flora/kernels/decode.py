@@ -31,7 +31,7 @@ from flora.kernels.launch import Config, Launch, check_product, part_width, prod
 REDUCED_AT_ONCE = 1024
 
 SUMMED_BYTES = 4
-"""Shared memory that summing each row's places takes, for each place and output of a tile."""
+"""Shared memory that summing each row's places takes, for each place and output of a tile, at the most."""
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -107,16 +107,16 @@ def _decode_kernel(
         # there, 0 · ∞: it is counted apart, and only its own row is spoilt. A float32 is the sum of three bfloat16, each what those
         # before it leave; what only the first would round to ∞ counts as not finite.
         owner = tl.load(owner_list + places)
-        is_own = (tl.arange(0, NUM_ROWS)[:, None] == owner[None, :]).to(SUMMED)  # (rows, places)
+        is_own = (owner[:, None] == tl.arange(0, NUM_ROWS)[None, :]).to(SUMMED)  # (places, rows)
         is_finite = tl.abs(total) < 3.389e38
-        num_broken = tl.dot(is_own, tl.where(is_finite, 0.0, 1.0).to(SUMMED), input_precision="ieee")
+        num_broken = tl.dot(tl.trans(tl.where(is_finite, 0.0, 1.0).to(SUMMED)), is_own, input_precision="ieee")
         rest = tl.where(is_finite, total, 0.0)
-        total = tl.full((NUM_ROWS, BLOCK_N), 0.0, tl.float32)
+        summed = tl.full((BLOCK_N, NUM_ROWS), 0.0, tl.float32)
         for _ in range(3):
             piece = rest.to(tl.bfloat16)
-            total = tl.dot(is_own, piece.to(SUMMED), total, input_precision="ieee")
+            summed = tl.dot(tl.trans(piece.to(SUMMED)), is_own, summed, input_precision="ieee")
             rest -= piece.to(tl.float32)
-        total = tl.where(num_broken > 0, float("nan"), total)
+        total = tl.trans(tl.where(num_broken > 0, float("nan"), summed))
         row = tl.load(tile_row_list + tile * NUM_ROWS + tl.arange(0, NUM_ROWS))
     y_tile = (split * n + row.to(tl.int64))[:, None] * d_out + outputs[None, :]
     y_mask = (row >= 0)[:, None] & is_output[None, :]
@@ -152,13 +152,13 @@ def _sum_parts_kernel(
 CANDIDATES = {
     16: (Config(64, 128, 0, 4, resident=2), Config(32, 128, 0, 4, resident=2), Config(128, 64, 0, 4, resident=2)),
     32: (Config(64, 128, 0, 4, resident=2), Config(128, 64, 0, 4, resident=2), Config(64, 128, 0, 4)),
-    64: (Config(128, 64, 0, 4, resident=2), Config(256, 64, 0, 8), Config(128, 64, 0, 8)),
-    128: (Config(256, 64, 0, 8), Config(128, 64, 0, 8), Config(128, 64, 0, 8, resident=2)),
+    64: (Config(256, 64, 0, 8), Config(128, 64, 0, 8), Config(128, 64, 0, 4, resident=2)),
+    128: (Config(128, 64, 0, 8), Config(256, 64, 0, 8), Config(128, 64, 0, 8, resident=2)),
 }
-"""By the places of a tile, how a product of two bytes a number may be cut; the first one, until `flora.kernels.tuning` measured them.
+"""By the places of a tile, how a product of two bytes a number may be cut; the first, until `flora.kernels.tuning` has measured.
 
-The more places there are, the wider a tile of outputs, so that x and A are read from the cache as much less often. `num_stages` is as
-large as there is room for."""
+The more places there are, the wider should a tile of outputs be, so that x and A are read from the cache as much less often; but
+256 outputs of 128 places leave no registers for the sums of rows. `num_stages` is as large as there is room for."""
 
 
 @cache

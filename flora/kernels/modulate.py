@@ -128,7 +128,7 @@ CANDIDATES = {
     128: (Config(128, 64, num_warps=8), Config(128, 32, num_warps=8), Config(64, 64, num_warps=8)),
     256: (Config(128, 64, num_warps=8), Config(128, 32, num_warps=8), Config(64, 64, num_warps=8)),
 }
-"""By the tokens of a tile, how a product of two bytes a number may be cut; the first one, until `flora.kernels.tuning` measured them.
+"""By the tokens of a tile, how a product of two bytes a number may be cut; the first, until `flora.kernels.tuning` has measured.
 `num_stages` is as large as there is room for, 3 at the most."""
 
 

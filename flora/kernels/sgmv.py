@@ -34,7 +34,7 @@ CANDIDATES = (
     (Config(block_n=0, block_k=256, split_k=0, num_warps=4, resident=1), Config(block_n=64, block_k=0, num_warps=2, num_stages=2)),
     (Config(block_n=0, block_k=128, split_k=0, num_warps=4, resident=4), Config(block_n=256, block_k=0, num_warps=4, num_stages=2)),
 )
-"""How shrink and expand may cut their work; the first, until `flora.kernels.tuning` measured them."""
+"""How shrink and expand may cut their work; the first, until `flora.kernels.tuning` has measured them."""
 
 
 @triton.jit(do_not_specialize=["num_tokens", "length", "rank_stride"])
