@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class Compiled:
     shared: int  # bytes
     registers: int  # of a thread
     spilled: int  # bytes of a thread's that did not fit into registers
-    ptx: str
+    ptx: str = field(repr=False)
 
 
 def compiled(launch: Launch) -> Compiled:
