@@ -1,7 +1,8 @@
 """How a batch's rows lie in the tiles of a kernel: lists of numbers, worked out on the host once a step and sent in one piece.
 
 What a list holds depends on the batch, how long it is only on the few numbers in its `shape`: a captured graph is replayed for
-another batch of the same shape by copying that batch's `numbers` over those it was captured with.
+another batch of the same shape by copying that batch's `numbers` over those it was captured with. Every list starts at 16 bytes:
+Triton compiles a kernel anew for a pointer that does not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from flora.cost import KERNEL_TILE as SMALLEST_TILE
 from flora.cost import MODULATED_TOKENS
+
+ALIGNED = 4
+"""Numbers in 16 bytes."""
 
 MAX_PLACES = 128
 """Components in a tile of `ExpandedTiles`, and so the largest rank that has tiles."""
@@ -35,7 +39,7 @@ class ExpandedTiles:
     num_tiles: int  # a power of two
     num_places: int  # of each tile: 16, 32, 64 or 128
     num_rows: int  # that a tile has room for; 0: every row has one place, and nothing is summed
-    numbers: Tensor  # int32, the lists below end to end
+    numbers: Tensor  # int32, the lists below one after another
     row: Tensor  # (num_tiles · num_places,) the row that a place reads
     component: Tensor  # (num_tiles · num_places,) slot · r + k of its factors
     owner: Tensor  # (num_tiles · num_places,) which of the tile's rows it is summed into
@@ -44,6 +48,10 @@ class ExpandedTiles:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.num_tiles, self.num_places, self.num_rows
+
+    @property
+    def lists(self) -> tuple[Tensor, ...]:
+        return self.row, self.component, self.owner, self.tile_row
 
 
 def expanded_tiles(
@@ -93,7 +101,7 @@ class SegmentTiles:
     num_tiles: int  # in a decode step rounded up to a power of two; the last ones are empty
     num_tokens: int  # of each tile, a power of two
     rank_tile: int  # a power of two, at least 16, that no rank exceeds
-    numbers: Tensor  # int32, the lists below end to end
+    numbers: Tensor  # int32, the lists below one after another
     order: Tensor  # (n,) the rows in adapter order
     slot: Tensor  # (num_tiles,)
     rank: Tensor  # (num_tiles,) 0: the identity
@@ -103,6 +111,10 @@ class SegmentTiles:
     @property
     def shape(self) -> tuple[int, ...]:
         return len(self.order), self.num_tiles, self.num_tokens, self.rank_tile
+
+    @property
+    def lists(self) -> tuple[Tensor, ...]:
+        return self.order, self.slot, self.rank, self.first, self.count
 
 
 def segment_tiles(
@@ -140,6 +152,9 @@ def cheapest_tile(tokens: Sequence[int], rank_tile: int) -> int:
 
 
 def _on_device(lists: Sequence[list[int]], device: torch.device | str) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """All lists in one int32 tensor, one copy to the device, and each as a part of it."""
-    numbers = torch.tensor([number for one in lists for number in one], dtype=torch.int32, device=device)
-    return numbers, numbers.split([len(one) for one in lists])
+    """All lists in one int32 tensor, one copy to the device, and each as a part of it that starts at 16 bytes."""
+    lengths = [len(one) for one in lists]
+    padded = [one + [0] * (-len(one) % ALIGNED) for one in lists]
+    numbers = torch.tensor([number for one in padded for number in one], dtype=torch.int32, device=device)
+    parts = numbers.split([len(one) for one in padded])
+    return numbers, tuple(part[:length] for part, length in zip(parts, lengths, strict=True))

@@ -15,9 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -29,6 +26,7 @@ import psutil
 import torch
 
 from flora.models import choose_device
+from flora.user_cache import cache_folder, read, write
 from profiling import hardware, report
 from profiling.document import text_table
 from profiling.loading import set_threads
@@ -208,20 +206,6 @@ def _int8_rate(timer: _Timer) -> tuple[float, int]:
 # ---------------------------------------------------------------------------------------------------------------- keep
 
 
-def cache_folder() -> Path | None:
-    """Where this platform keeps what can be made again; None where there is no such place."""
-    try:
-        if sys.platform == "darwin":
-            root = Path.home() / "Library" / "Caches"
-        elif sys.platform == "win32":
-            root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-        else:
-            root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home
-        return None
-    return root / "flora-live"
-
-
 def peaks(device: torch.device, fresh: bool = False, clock: Callable[[], float] = time.perf_counter) -> Peaks:
     """What was measured on this machine before, or what is measured now. fresh: measure in any case."""
     identity = identity_of(device)
@@ -241,8 +225,8 @@ def find(name: str, identity: dict, made_of: type[Row]) -> Row | None:
     if file is None:
         return None
     try:
-        found = made_of.of_row(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        found = made_of.of_row(read(file))
+    except ValueError:
         return None
     return found if identity.items() <= found.as_row().items() else None
 
@@ -255,16 +239,8 @@ def _file(name: str, identity: dict) -> Path | None:
 def keep(name: str, identity: dict, row: dict) -> None:
     """As a whole or not at all; without a folder that can be written to, it is measured again the next time."""
     file = _file(name, identity)
-    if file is None:
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as part:
-            json.dump(row, part)
-        os.replace(name, file)
-    except OSError:
-        return
+    if file is not None:
+        write(file, row)
 
 
 # ------------------------------------------------------------------------------------------------------------- command

@@ -6,6 +6,8 @@
 
 What no kernel is made for (`form_of` is None) is served by PyTorch's own products: several tokens per row in the expanded form, and
 ranks above 128.
+
+`flora.kernels.tuning` measures which tiles are fastest on a GPU; `flora.kernels.compilation` compiles ahead and counts what was.
 """
 
 from __future__ import annotations
@@ -68,28 +70,26 @@ def serve(
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     n, length, _ = x.shape
+    tiles = tiles_of(form, length, routing)
     if form == "decode":
-        tiles = routing.expanded_tiles()
-        lists = (tiles.row, tiles.component, tiles.owner, tiles.tile_row)
-        return operators.decode(x[:, 0], *matrix, A, B, bias, *lists, tiles.num_tiles).unsqueeze(1)
-    tiles = _segment_tiles(form, length, routing)
-    lists = (tiles.order, tiles.slot, tiles.rank, tiles.first, tiles.count)
+        return operators.decode(x[:, 0], *matrix, A, B, bias, *tiles.lists, tiles.num_tiles).unsqueeze(1)
     if form == "modulate":
-        return operators.modulate(x, *matrix, A, B, bias, *lists, tiles.num_tokens, tiles.rank_tile)
+        return operators.modulate(x, *matrix, A, B, bias, *tiles.lists, tiles.num_tokens, tiles.rank_tile)
     if matrix is not None and matrix[1] is None:
         y = linear(x, matrix[0], bias)
     else:
         y = product(x) if bias is None else product(x) + bias
     y = y.contiguous()
-    operators.sgmv_add_(y, x, A, B, *lists, tiles.rank_tile)
+    operators.sgmv_add_(y, x, A, B, *tiles.lists, tiles.rank_tile)
     return y
 
 
 def reads(form: str, routing: Routing) -> tuple[Hashable, Tensor]:
     """What a decode step by this kernel takes of a routing: a tensor with its numbers, and all that is not in that tensor."""
-    tiles: ExpandedTiles | SegmentTiles = routing.expanded_tiles() if form == "decode" else _segment_tiles(form, 1, routing)
+    tiles = tiles_of(form, 1, routing)
     return (form, *tiles.shape), tiles.numbers
 
 
-def _segment_tiles(form: str, length: int, routing: Routing) -> SegmentTiles:
-    return routing.segment_tiles(length, TILE if form == "sgmv" else None)
+def tiles_of(form: str, length: int, routing: Routing) -> ExpandedTiles | SegmentTiles:
+    """How a kernel finds a batch of rows of `length` tokens."""
+    return routing.expanded_tiles() if form == "decode" else routing.segment_tiles(length, TILE if form == "sgmv" else None)

@@ -17,20 +17,24 @@ Multiply-adds: m · d_in · d_out for the product, and for the sums 32 · m · d
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flora.kernels.launch import INTERPRETED, Config, check_product, part_width, product_dtype, shared_memory, split_of, stages_for
+from flora.kernels.choices import chosen, key_of
+from flora.kernels.launch import Config, Launch, check_product, part_width, product_dtype, shared_memory, split_of, stages_for
 
 REDUCED_AT_ONCE = 1024
 
-SUMMED_BYTES = 8
-"""Shared memory that summing each row's places takes, for each place and output of a tile."""
+SUMMED_BYTES = 4
+"""Shared memory that summing each row's places takes, for each place and output of a tile, at the most."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _decode_kernel(
     # pointers
     x,
@@ -56,7 +60,7 @@ def _decode_kernel(
     # meta
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
+    SUMMED: tl.constexpr,
     IS_INT8: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -64,7 +68,6 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
 ):
     tile, split = tl.program_id(0), tl.program_id(2)  # tiles of places are neighbours: the weight's tile is still in the cache
     if tl.load(row_list + tile * BLOCK_M) < 0:
@@ -101,17 +104,23 @@ def _decode_kernel(
         total *= tl.load(scales + outputs, is_output, 0.0)[None, :] * (1 / 127)
     if NUM_ROWS > 0:
         # Each row's places are summed by a product with ones and zeros. A number that is not finite would spoil its neighbours
-        # there, 0 · ∞: it is counted apart, and only its own row is spoilt.
+        # there, 0 · ∞: it is counted apart, and only its own row is spoilt. A float32 is the sum of three bfloat16, each what those
+        # before it leave; what only the first would round to ∞ counts as not finite.
         owner = tl.load(owner_list + places)
-        is_own = tl.arange(0, NUM_ROWS)[:, None] == owner[None, :]  # (rows, places)
-        is_finite = tl.abs(total) < float("inf")
-        num_broken = tl.dot(is_own.to(tl.float16), tl.where(is_finite, 0.0, 1.0).to(tl.float16))
-        total = tl.dot(is_own.to(tl.float32), tl.where(is_finite, total, 0.0), input_precision=SUM_PRECISION)
-        total = tl.where(num_broken > 0, float("nan"), total)
+        is_own = (owner[:, None] == tl.arange(0, NUM_ROWS)[None, :]).to(SUMMED)  # (places, rows)
+        is_finite = tl.abs(total) < 3.389e38
+        num_broken = tl.dot(tl.trans(tl.where(is_finite, 0.0, 1.0).to(SUMMED)), is_own, input_precision="ieee")
+        rest = tl.where(is_finite, total, 0.0)
+        summed = tl.full((BLOCK_N, NUM_ROWS), 0.0, tl.float32)
+        for _ in range(3):
+            piece = rest.to(tl.bfloat16)
+            summed = tl.dot(tl.trans(piece.to(SUMMED)), is_own, summed, input_precision="ieee")
+            rest -= piece.to(tl.float32)
+        total = tl.trans(tl.where(num_broken > 0, float("nan"), summed))
         row = tl.load(tile_row_list + tile * NUM_ROWS + tl.arange(0, NUM_ROWS))
     y_tile = (split * n + row.to(tl.int64))[:, None] * d_out + outputs[None, :]
     y_mask = (row >= 0)[:, None] & is_output[None, :]
-    if HAS_BIAS and SPLIT_K == 1:
+    if HAS_BIAS:
         total += tl.load(bias + outputs, is_output, 0.0).to(tl.float32)[None, :]
     tl.store(y + y_tile, total.to(y.dtype.element_ty), y_mask)
 
@@ -133,23 +142,103 @@ def _sum_parts_kernel(
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_used = places < size
     total = tl.full((BLOCK,), 0.0, tl.float32)
-    for split in range(SPLIT_K):  # always in this order: the same answer every time
+    for split in tl.static_range(SPLIT_K):  # always in this order: the same answer every time
         total += tl.load(parts + split * size + places, is_used, 0.0)
     if HAS_BIAS:
         total += tl.load(bias + places % d_out, is_used, 0.0).to(tl.float32)
     tl.store(y + places, total.to(y.dtype.element_ty), is_used)
 
 
-def config_for(num_places: int, element_size: int, device: torch.device) -> Config:
-    """Tile sizes by the places of a tile and the bytes of an element of x."""
+CANDIDATES = {
+    16: (Config(64, 128, 0, 4, resident=2), Config(32, 128, 0, 4, resident=2), Config(128, 64, 0, 4, resident=2)),
+    32: (Config(64, 128, 0, 4, resident=2), Config(128, 64, 0, 4, resident=2), Config(64, 128, 0, 4)),
+    64: (Config(256, 64, 0, 8), Config(128, 64, 0, 8), Config(128, 64, 0, 4, resident=2)),
+    128: (Config(128, 64, 0, 8), Config(256, 64, 0, 8), Config(128, 64, 0, 8, resident=2)),
+}
+"""By the places of a tile, how a product of two bytes a number may be cut; the first, until `flora.kernels.tuning` has measured.
+
+The more places there are, the wider should a tile of outputs be, so that x and A are read from the cache as much less often; but
+256 outputs of 128 places leave no registers for the sums of rows. `num_stages` is as large as there is room for."""
+
+
+@cache
+def configs_for(num_places: int, element_size: int, device: torch.device) -> tuple[Config, ...]:
+    """The candidates for a tile of so many places and elements of x of so many bytes, the one to take unmeasured first."""
     if element_size == 4:
-        return Config(block_n=64, block_k=32, split_k=0, num_warps=8, num_stages=1)
-    block_n, block_k = (64, 128) if num_places <= 32 else (128, 64)
-    if num_places * block_n * SUMMED_BYTES > shared_memory(device):
-        block_n = 64
-    step, operands = (2 * num_places + block_n) * block_k * element_size, (num_places + block_n) * block_k * element_size
-    num_stages = stages_for(step, operands, 4, device)
-    return Config(block_n, block_k, split_k=0, num_warps=8 if num_places > 64 else 4, num_stages=num_stages)
+        return (Config(block_n=64, block_k=32, split_k=0, num_warps=8, num_stages=1),)
+    found = []
+    for config in CANDIDATES[num_places]:
+        step = (2 * num_places + config.block_n) * config.block_k * element_size
+        operands = (num_places + config.block_n) * config.block_k * element_size
+        if max(operands, num_places * config.block_n * SUMMED_BYTES) <= shared_memory(device):
+            found.append(replace(config, num_stages=stages_for(step, operands, 4, device, config.resident)))
+    return tuple(found)
+
+
+def launches(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    row: Tensor,
+    component: Tensor,
+    owner: Tensor,
+    tile_row: Tensor,
+    num_tiles: int,
+    config: Config | None = None,
+    device: torch.device | None = None,
+) -> tuple[Tensor, list[Launch]]:
+    """What `decode` returns, and the launches that fill it. device: which one they are for, where tensors are on none ("meta")."""
+    check_product(x, weight, scales, A, B, bias)
+    (n, d_in), d_out = x.shape, weight.shape[0]
+    device = device or x.device
+    y = x.new_empty(n, d_out)
+    if not y.numel():
+        return y, []
+    num_places, num_rows = row.shape[0] // num_tiles, tile_row.shape[0] // num_tiles
+    if config is None:
+        key = key_of("decode", d_in, d_out, x.dtype, (num_places,), weight)
+        config = chosen(device, key, configs_for(num_places, x.element_size(), device))
+    blocks = triton.cdiv(d_out, config.block_n)
+    split_k = split_of(config, num_tiles * blocks, d_in, device, most=8, fewest_steps=4)
+    part = part_width(config, d_in, split_k)
+    target, target_bias = y, bias
+    if split_k > 1:  # the bias is added to the sum of the parts
+        target, target_bias = x.new_empty((split_k, n, d_out), dtype=torch.float32), None
+    product = Launch(
+        _decode_kernel,
+        (num_tiles, blocks, split_k),
+        (
+            *(x, weight, scales, A, B, target_bias, target, row, component, owner, tile_row),
+            *(n, d_in, d_out, part),
+            *(x.stride(0), *weight.stride()),
+        ),
+        {
+            "PRODUCT": product_dtype(x.dtype),
+            "PRECISION": "ieee",
+            "SUMMED": product_dtype(torch.bfloat16),
+            "IS_INT8": scales is not None,
+            "HAS_BIAS": target_bias is not None,
+            "EVEN": part * split_k == d_in,
+            "NUM_ROWS": num_rows,
+            "BLOCK_M": num_places,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+    )
+    if split_k == 1:
+        return y, [product]
+    summed = Launch(
+        _sum_parts_kernel,
+        (triton.cdiv(y.numel(), REDUCED_AT_ONCE),),
+        (target, bias, y, y.numel(), d_out),
+        {"HAS_BIAS": bias is not None, "SPLIT_K": split_k, "BLOCK": REDUCED_AT_ONCE},
+    )
+    return y, [product, summed]
 
 
 def decode(
@@ -170,42 +259,7 @@ def decode(
 
     row … tile_row: the lists of `flora.tiles.ExpandedTiles`. Every row must be in them: what is not is not written.
     """
-    check_product(x, weight, scales, A, B, bias)
-    (n, d_in), d_out = x.shape, weight.shape[0]
-    num_places, num_rows = row.shape[0] // num_tiles, tile_row.shape[0] // num_tiles
-    config = config or config_for(num_places, x.element_size(), x.device)
-    blocks = triton.cdiv(d_out, config.block_n)
-    split_k = split_of(config, num_tiles * blocks, d_in, x.device)
-    part = part_width(config, d_in, split_k)
-    y = x.new_empty(n, d_out)
-    if not y.numel():
-        return y
-    target = y if split_k == 1 else x.new_empty((split_k, n, d_out), dtype=torch.float32)
-    exact = x.dtype == torch.float32 or INTERPRETED or torch.version.hip is not None
-    _decode_kernel[num_tiles, blocks, split_k](
-        *(x, weight, scales, A, B, bias, target, row, component, owner, tile_row),
-        *(n, d_in, d_out, part),
-        *(x.stride(0), *weight.stride()),
-        PRODUCT=product_dtype(x.dtype),
-        PRECISION="ieee",
-        SUM_PRECISION="ieee" if exact else "tf32x3",
-        IS_INT8=scales is not None,
-        HAS_BIAS=bias is not None,
-        EVEN=part * split_k == d_in,
-        NUM_ROWS=num_rows,
-        BLOCK_M=num_places,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        SPLIT_K=split_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    if split_k > 1:
-        _sum_parts_kernel[(triton.cdiv(y.numel(), REDUCED_AT_ONCE),)](
-            *(target, bias, y),
-            *(y.numel(), d_out),
-            HAS_BIAS=bias is not None,
-            SPLIT_K=split_k,
-            BLOCK=REDUCED_AT_ONCE,
-        )
+    y, filling = launches(x, weight, scales, A, B, bias, row, component, owner, tile_row, num_tiles, config)
+    for launch in filling:
+        launch.run()
     return y

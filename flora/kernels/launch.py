@@ -1,10 +1,17 @@
-"""What all kernels' wrappers need: tile sizes, how many programs fill the device, and checks of what is handed over."""
+"""What all kernels' wrappers need: launches, tile sizes, how many programs fill the device, checks of what is handed over.
+
+What Triton compiles a kernel anew for, besides types and what is `constexpr`: a number that is 1 or divisible by 16, and a pointer
+to 16 bytes. So numbers that follow from the batch are marked `do_not_specialize`, lists start at 16 bytes (`flora.tiles`), and sums
+are cut in a power of two of parts: a batch like none before is then served by what is compiled already. Sizes of the layer, and
+`part`, which is whole steps, are not so marked: that they are divisible is what loads of 16 bytes at once follow from.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -12,6 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+RESERVED = 1 << 10
+"""Bytes of shared memory that the system takes of each program's."""
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter, as set when they were defined (TRITON_INTERPRET=1): on a CPU, for tests."""
@@ -26,17 +36,40 @@ class Config:
     split_k: int = 1
     num_warps: int = 4
     num_stages: int = 3
+    resident: int = 1  # programs that a processor has room for at once: so many fill it
 
 
-def split_of(config: Config, num_programs: int, d_in: int, device: torch.device) -> int:
-    """Into how many parts the sum over d_in is cut, so that `num_programs` tiles fill the device.
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything that it is launched with."""
 
-    A part has at least four steps: what each one writes must stay small beside what it reads.
+    kernel: Any  # triton.JITFunction, or what the interpreter has in its place
+    grid: tuple[int, ...]
+    arguments: tuple
+    meta: dict
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.arguments, **self.meta)
+
+    def compile(self) -> None:
+        """For the current device, unless that was done before. Nothing is read: tensors may be on PyTorch's device "meta"."""
+        self.kernel.warmup(*self.arguments, grid=self.grid, **self.meta)
+
+
+def split_of(config: Config, num_programs: int, d_in: int, device: torch.device, most: int, fewest_steps: int) -> int:
+    """Into how many parts the sum over d_in is cut, so that `num_programs` tiles fill the device: a power of two, at most `most`.
+
+    A part has at least `fewest_steps`: what each one writes must stay small beside what it reads. All have equally many, where
+    d_in is whole steps: then no load needs a mask.
     """
     if config.split_k:
         return config.split_k
-    most = max(1, d_in // (4 * config.block_k))
-    return max(1, min(8, most, num_processors(device) // max(1, num_programs)))
+    steps, rest = triton.cdiv(d_in, config.block_k), d_in % config.block_k
+    wanted = min(most, steps // fewest_steps, config.resident * num_processors(device) // max(1, num_programs))
+    split_k = 1
+    while 2 * split_k <= wanted and (rest or steps % (2 * split_k) == 0):
+        split_k *= 2
+    return split_k
 
 
 def part_width(config: Config, d_in: int, split_k: int) -> int:
@@ -59,12 +92,14 @@ def shared_memory(device: torch.device) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
-def stages_for(step: int, operands: int, most: int, device: torch.device) -> int:
+def stages_for(step: int, operands: int, most: int, device: torch.device, resident: int = 1) -> int:
     """How many steps along d_in may be under way at once, `most` at the most: each but one waits in shared memory.
 
-    step: bytes that are loaded for one; operands: bytes of what is multiplied, which lies there too.
+    step: bytes that are loaded for one; operands: bytes of what is multiplied, which lies there too; resident: programs that share
+    the memory, of which the system takes a KiB for each.
     """
-    return max(1, min(most, 1 + (shared_memory(device) - operands) // step))
+    room = (shared_memory(device) + RESERVED) // resident - RESERVED
+    return max(1, min(most, 1 + (room - operands) // step))
 
 
 def device_of(x: Tensor) -> AbstractContextManager:

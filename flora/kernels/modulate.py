@@ -15,18 +15,22 @@ Multiply-adds: (T + R) · d_in · d_out for each tile of tokens: beside the prod
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flora.kernels.launch import Config, check_product, product_dtype, stages_for
+from flora.kernels.choices import chosen, key_of
+from flora.kernels.launch import Config, Launch, check_product, product_dtype, shared_memory, stages_for
 
 TILES_TOGETHER = 8
 """Tiles of outputs whose programs run together, token tile by token tile, so that both x and the weight are found in the cache."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "length", "rank_stride"])
 def _modulate_kernel(
     # pointers
     x,
@@ -117,15 +121,85 @@ def _modulate_kernel(
     tl.store(y_tile, total.to(y.dtype.element_ty), is_used[:, None] & is_output[None, :])
 
 
-def config_for(num_tokens: int, rank_tile: int, element_size: int, device: torch.device) -> Config:
-    """Tile sizes by the tokens of a tile, the rank and the bytes of an element of x."""
+CANDIDATES = {
+    16: (Config(128, 64, num_warps=4), Config(64, 128, num_warps=4), Config(64, 64, num_warps=4, resident=2)),
+    32: (Config(128, 64, num_warps=4), Config(64, 128, num_warps=4), Config(64, 64, num_warps=4, resident=2)),
+    64: (Config(128, 64, num_warps=8), Config(128, 64, num_warps=4, resident=2), Config(128, 32, num_warps=8)),
+    128: (Config(128, 64, num_warps=8), Config(128, 32, num_warps=8), Config(64, 64, num_warps=8)),
+    256: (Config(128, 64, num_warps=8), Config(128, 32, num_warps=8), Config(64, 64, num_warps=8)),
+}
+"""By the tokens of a tile, how a product of two bytes a number may be cut; the first, until `flora.kernels.tuning` has measured.
+`num_stages` is as large as there is room for, 3 at the most."""
+
+
+@cache
+def configs_for(num_tokens: int, rank_tile: int, element_size: int, device: torch.device) -> tuple[Config, ...]:
+    """The candidates for a tile of tokens, a rank and elements of x of so many bytes, the one to take unmeasured first."""
     if element_size == 4:
-        return Config(block_n=64, block_k=32, num_warps=8, num_stages=1)
-    block_n, block_k = 128, 64
-    step = (num_tokens + block_n + rank_tile) * block_k * element_size
-    operands = (num_tokens * block_k + block_k * block_n + rank_tile * block_n) * element_size
-    num_stages = stages_for(step, operands, 3, device)
-    return Config(block_n, block_k, num_warps=8 if num_tokens >= 64 else 4, num_stages=num_stages)
+        return (Config(block_n=64, block_k=32, num_warps=8, num_stages=1),)
+    found = []
+    for config in CANDIDATES[num_tokens]:
+        block_n, block_k = config.block_n, config.block_k
+        step = (num_tokens + block_n + rank_tile) * block_k * element_size
+        operands = (num_tokens * block_k + block_k * block_n + rank_tile * block_n) * element_size
+        if operands <= shared_memory(device):
+            found.append(replace(config, num_stages=stages_for(step, operands, 3, device, config.resident)))
+    return tuple(found)
+
+
+def launches(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    order: Tensor,
+    slot: Tensor,
+    rank: Tensor,
+    first: Tensor,
+    count: Tensor,
+    num_tokens: int,
+    rank_tile: int,
+    config: Config | None = None,
+    device: torch.device | None = None,
+) -> tuple[Tensor, list[Launch]]:
+    """What `modulate` returns, and the launch that fills it. device: which one it is for, where tensors are on none ("meta")."""
+    check_product(x, weight, scales, A, B, bias)
+    (n, length, d_in), d_out = x.shape, weight.shape[0]
+    device = device or x.device
+    y = x.new_empty(n, length, d_out)
+    if not y.numel():
+        return y, []
+    if config is None:
+        key = key_of("modulate", d_in, d_out, x.dtype, (num_tokens, rank_tile), weight)
+        config = chosen(device, key, configs_for(num_tokens, rank_tile, x.element_size(), device))
+    blocks = triton.cdiv(d_out, config.block_n)
+    together = min(TILES_TOGETHER, blocks)
+    product = Launch(
+        _modulate_kernel,
+        (triton.cdiv(blocks, together) * together * slot.shape[0],),
+        (
+            *(x, weight, scales, A, B, bias, y, order, slot, rank, first, count),
+            *(slot.shape[0], length, d_in, d_out, A.shape[1]),
+            *(x.stride(0), x.stride(1), *weight.stride()),
+        ),
+        {
+            "PRODUCT": product_dtype(x.dtype),
+            "MODULATION": product_dtype(A.dtype),
+            "IS_INT8": scales is not None,
+            "HAS_BIAS": bias is not None,
+            "EVEN": d_in % config.block_k == 0,
+            "TOGETHER": together,
+            "BLOCK_M": num_tokens,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "BLOCK_R": rank_tile,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+    )
+    return y, [product]
 
 
 def modulate(
@@ -148,29 +222,7 @@ def modulate(
 
     order … rank_tile: `flora.tiles.SegmentTiles` for rows of l tokens.
     """
-    check_product(x, weight, scales, A, B, bias)
-    (n, length, d_in), d_out = x.shape, weight.shape[0]
-    y = x.new_empty(n, length, d_out)
-    if not y.numel():
-        return y
-    config = config or config_for(num_tokens, rank_tile, x.element_size(), x.device)
-    blocks = triton.cdiv(d_out, config.block_n)
-    together = min(TILES_TOGETHER, blocks)
-    _modulate_kernel[(triton.cdiv(blocks, together) * together * slot.shape[0],)](
-        *(x, weight, scales, A, B, bias, y, order, slot, rank, first, count),
-        *(slot.shape[0], length, d_in, d_out, A.shape[1]),
-        *(x.stride(0), x.stride(1), *weight.stride()),
-        PRODUCT=product_dtype(x.dtype),
-        MODULATION=product_dtype(A.dtype),
-        IS_INT8=scales is not None,
-        HAS_BIAS=bias is not None,
-        EVEN=d_in % config.block_k == 0,
-        TOGETHER=together,
-        BLOCK_M=num_tokens,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        BLOCK_R=rank_tile,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    y, filling = launches(x, weight, scales, A, B, bias, order, slot, rank, first, count, num_tokens, rank_tile, config)
+    for launch in filling:
+        launch.run()
     return y

@@ -19,16 +19,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flora.kernels.launch import Config, check_factors, part_width, product_dtype, split_of
+from flora.kernels.choices import chosen, key_of
+from flora.kernels.launch import Config, Launch, check_factors, part_width, product_dtype, split_of
 
 TILE = 16
 """Tokens of a tile."""
 
-SHRINK = Config(block_n=0, block_k=128, split_k=0, num_warps=4, num_stages=3)
-EXPAND = Config(block_n=128, block_k=0, num_warps=4, num_stages=2)
+MOST_PARTS = 64
+"""Of the sum over d_in: as many as vLLM has for small batches. A tile is narrow: without them, few programs would read all of A."""
+
+CANDIDATES = (
+    (Config(block_n=0, block_k=128, split_k=0, num_warps=4, resident=2), Config(block_n=128, block_k=0, num_warps=4, num_stages=2)),
+    (Config(block_n=0, block_k=64, split_k=0, num_warps=4, resident=2), Config(block_n=128, block_k=0, num_warps=4, num_stages=2)),
+    (Config(block_n=0, block_k=256, split_k=0, num_warps=4, resident=1), Config(block_n=64, block_k=0, num_warps=2, num_stages=2)),
+    (Config(block_n=0, block_k=128, split_k=0, num_warps=4, resident=4), Config(block_n=256, block_k=0, num_warps=4, num_stages=2)),
+)
+"""How shrink and expand may cut their work; the first, until `flora.kernels.tuning` has measured them."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "length", "rank_stride"])
 def _shrink_kernel(
     # pointers
     x,
@@ -84,7 +93,7 @@ def _shrink_kernel(
     tl.store(target, total, is_used[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "length", "rank_stride"])
 def _expand_kernel(
     # pointers
     shrunk,
@@ -121,7 +130,7 @@ def _expand_kernel(
     is_output = outputs < d_out
 
     total = tl.full((BLOCK_M, BLOCK_R), 0.0, tl.float32)
-    for split in range(SPLIT_K):  # always in this order: the same answer every time
+    for split in tl.static_range(SPLIT_K):  # always in this order: the same answer every time
         source = shrunk + (split * num_tokens + token).to(tl.int64)[:, None] * BLOCK_R + components[None, :]
         total += tl.load(source, is_used[:, None], 0.0)
     b_tile = B + (slot * rank_stride + components)[:, None] * d_out + outputs[None, :]
@@ -130,6 +139,76 @@ def _expand_kernel(
     y_tile = y + (row * length + token % length)[:, None] * d_out + outputs[None, :]
     y_mask = is_used[:, None] & is_output[None, :]
     tl.store(y_tile, (tl.load(y_tile, y_mask, 0.0).to(tl.float32) + added).to(y.dtype.element_ty), y_mask)
+
+
+def configs_for(element_size: int) -> tuple[tuple[Config, Config], ...]:
+    """The candidates for elements of x of so many bytes, the one to take unmeasured first."""
+    return CANDIDATES if element_size < 4 else CANDIDATES[:1]
+
+
+def launches(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    order: Tensor,
+    slot: Tensor,
+    rank: Tensor,
+    first: Tensor,
+    count: Tensor,
+    rank_tile: int,
+    config: tuple[Config, Config] | None = None,
+    device: torch.device | None = None,
+) -> list[Launch]:
+    """Those that add to y. device: which one they are for, where tensors are on none ("meta")."""
+    (n, length, d_in), d_out = x.shape, y.shape[-1]
+    device = device or x.device
+    check_factors(A, B, d_in, d_out)
+    if y.shape[:2] != x.shape[:2] or y.dtype != x.dtype or not y.is_contiguous() or x.stride(-1) != 1:
+        raise ValueError(f"y {y.dtype} {tuple(y.shape)} must be contiguous and have the rows and the dtype of x {tuple(x.shape)}")
+    if not y.numel() or not d_in:
+        return []
+    if config is None:
+        key = key_of("sgmv", d_in, d_out, x.dtype, (TILE, rank_tile))
+        config = chosen(device, key, configs_for(x.element_size()))
+    shrink, expand = config
+    num_tiles = slot.shape[0]
+    split_k = split_of(shrink, num_tiles, d_in, device, most=MOST_PARTS, fewest_steps=1)
+    part = part_width(shrink, d_in, split_k)
+    shrunk = x.new_empty((split_k, n * length, rank_tile), dtype=torch.float32)
+    first_launch = Launch(
+        _shrink_kernel,
+        (num_tiles, split_k),
+        (
+            *(x, A, shrunk, order, slot, rank, first, count),
+            *(n * length, length, d_in, part, A.shape[1]),
+            *(x.stride(0), x.stride(1)),
+        ),
+        {
+            "PRODUCT": product_dtype(x.dtype),
+            "EVEN": part * split_k == d_in,
+            "BLOCK_M": TILE,
+            "BLOCK_K": shrink.block_k,
+            "BLOCK_R": rank_tile,
+            "num_warps": shrink.num_warps,
+            "num_stages": shrink.num_stages,
+        },
+    )
+    second_launch = Launch(
+        _expand_kernel,
+        (num_tiles, triton.cdiv(d_out, expand.block_n)),
+        (shrunk, B, y, order, slot, rank, first, count, n * length, length, d_out, A.shape[1]),
+        {
+            "PRODUCT": product_dtype(x.dtype),
+            "SPLIT_K": split_k,
+            "BLOCK_M": TILE,
+            "BLOCK_N": expand.block_n,
+            "BLOCK_R": rank_tile,
+            "num_warps": expand.num_warps,
+            "num_stages": expand.num_stages,
+        },
+    )
+    return [first_launch, second_launch]
 
 
 def sgmv_add_(
@@ -143,43 +222,11 @@ def sgmv_add_(
     first: Tensor,
     count: Tensor,
     rank_tile: int,
-    shrink: Config = SHRINK,
-    expand: Config = EXPAND,
+    config: tuple[Config, Config] | None = None,
 ) -> None:
     """Add, in place, to y (n, l, d_out) what the adapters make of x (n, l, d_in). y and x have one dtype.
 
     order … rank_tile: `flora.tiles.SegmentTiles` of 16 tokens for rows of l tokens.
     """
-    (n, length, d_in), d_out = x.shape, y.shape[-1]
-    check_factors(A, B, d_in, d_out)
-    if y.shape[:2] != x.shape[:2] or y.dtype != x.dtype or not y.is_contiguous() or x.stride(-1) != 1:
-        raise ValueError(f"y {y.dtype} {tuple(y.shape)} must be contiguous and have the rows and the dtype of x {tuple(x.shape)}")
-    if not y.numel() or not d_in:
-        return
-    num_tiles = slot.shape[0]
-    split_k = split_of(shrink, num_tiles, d_in, x.device)
-    part = part_width(shrink, d_in, split_k)
-    shrunk = x.new_empty((split_k, n * length, rank_tile), dtype=torch.float32)
-    _shrink_kernel[num_tiles, split_k](
-        *(x, A, shrunk, order, slot, rank, first, count),
-        *(n * length, length, d_in, part, A.shape[1]),
-        *(x.stride(0), x.stride(1)),
-        PRODUCT=product_dtype(x.dtype),
-        EVEN=part * split_k == d_in,
-        BLOCK_M=TILE,
-        BLOCK_K=shrink.block_k,
-        BLOCK_R=rank_tile,
-        num_warps=shrink.num_warps,
-        num_stages=shrink.num_stages,
-    )
-    _expand_kernel[num_tiles, triton.cdiv(d_out, expand.block_n)](
-        *(shrunk, B, y, order, slot, rank, first, count),
-        *(n * length, length, d_out, A.shape[1]),
-        PRODUCT=product_dtype(x.dtype),
-        SPLIT_K=split_k,
-        BLOCK_M=TILE,
-        BLOCK_N=expand.block_n,
-        BLOCK_R=rank_tile,
-        num_warps=expand.num_warps,
-        num_stages=expand.num_stages,
-    )
+    for launch in launches(y, x, A, B, order, slot, rank, first, count, rank_tile, config):
+        launch.run()

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from kernels_on_cpu import DEVICE, kernels, triton
+from compiled_kernels import compiled, jit_function, specialised
+from kernels_on_cpu import DEVICE, kernels
 from torch import nn
 from torch.library import opcheck
 from transformers.pytorch_utils import Conv1D
 
 from flora import backend, ops
 from flora.errors import AdapterError
+from flora.kernels import choices, compilation, launch, operators, tuning
 from flora.kernels import decode as decode_kernel
-from flora.kernels import launch, operators
 from flora.kernels import modulate as modulate_kernel
-from flora.kernels.decode import _decode_kernel, _sum_parts_kernel, decode
+from flora.kernels.compilation import LayerShape
+from flora.kernels.decode import _sum_parts_kernel, decode
 from flora.kernels.launch import Config
-from flora.kernels.modulate import _modulate_kernel, modulate
-from flora.kernels.sgmv import _expand_kernel, _shrink_kernel, sgmv_add_
+from flora.kernels.modulate import modulate
+from flora.kernels.sgmv import sgmv_add_
 from flora.layers import AdaptedLinear, LayerPlan, ServingHolder
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
@@ -87,7 +90,7 @@ class Problem:
         tiles = self.routing.segment_tiles(self.x.shape[1], 16)
         y = nn.functional.linear(self.x, self.true_weight.to(self.dtype), self.bias)
         lists = (tiles.order, tiles.slot, tiles.rank, tiles.first, tiles.count)
-        sgmv_add_(y, self.x, self.A, self.B, *lists, tiles.rank_tile, shrink, expand)
+        sgmv_add_(y, self.x, self.A, self.B, *lists, tiles.rank_tile, (shrink, expand))
         return y
 
 
@@ -127,6 +130,14 @@ def test_decode_with_large_ranks_and_with_one_component_each(ranks):
     problem = Problem([1, 0, 2, 3, 1], 1, 33, 40, ranks=ranks)
     assert problem.routing.expanded_tiles().num_rows == (16 if max(ranks) > 1 else 0)
     assert_true(problem.serve("decode"), problem)
+
+
+@pytest.mark.parametrize("rows_of_tile", [64, 128])
+def test_decode_with_many_rows_in_a_tile(rows_of_tile):
+    """Nearly as many rows as places: one row has a second component."""
+    problem = Problem([2] + [1] * (rows_of_tile - 3), 1, 17, 18, ranks=[0, 1, 2], conv1d=True)
+    assert problem.routing.expanded_tiles().num_rows == rows_of_tile
+    assert_true(problem.decode(Config(16, 16, split_k=2)), problem)
 
 
 def test_a_sum_in_parts_is_the_same_every_time():
@@ -175,6 +186,12 @@ def test_modulate_segments_of_1_to_40_tokens(slots, l, d_in, d_out, kind, conv1d
 def test_modulate_with_large_ranks_and_more_bands_than_one(num_tokens):
     problem = Problem([1, 0, 2, 1], 9, 33, 150, ranks=[0, 64, 17])
     assert_true(problem.modulate(num_tokens, Config(block_n=16, block_k=32)), problem)
+
+
+def test_modulate_a_tile_of_256_tokens_of_a_rank_above_64():
+    problem = Problem([1], 200, 17, 18, ranks=[0, 65])
+    assert problem.routing.segment_tiles(200, 256).rank_tile == 128
+    assert_true(problem.modulate(256, Config(block_n=32, block_k=32)), problem)
 
 
 # ---------------------------------------------------------------------------------------------------------------- sgmv
@@ -262,42 +279,124 @@ def test_operators_keep_pytorchs_rules(form):
 
 # ---------------------------------------------------------------------------------------------- for a GPU, without one
 
-POINTERS = {"y": "*bf16", "x": "*bf16", "A": "*bf16", "B": "*bf16", "weight": "*bf16", "bias": "*bf16"}
-FLOATS = {"scales": "*fp32", "parts": "*fp32", "shrunk": "*fp32"}
-BF16 = triton.language.bfloat16
-BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16, "SPLIT_K": 2, "BLOCK": 256, "NUM_ROWS": 16, "TOGETHER": 8}
-OTHERS = {"PRODUCT": BF16, "MODULATION": BF16, "PRECISION": "ieee", "SUM_PRECISION": "tf32x3", "HAS_BIAS": True, "EVEN": True}
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    "kernel, is_int8",
-    [(kernel, False) for kernel in (_decode_kernel, _sum_parts_kernel, _modulate_kernel, _shrink_kernel, _expand_kernel)]
-    + [(kernel, True) for kernel in (_decode_kernel, _modulate_kernel)],
-)
+@pytest.fixture
+def as_on_an_h100(monkeypatch):
+    """Launches as they are made for one: 132 processors, and products in bfloat16."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "num_processors", lambda device: 132)
+
+
+def launches_of(form: str, layer: LayerShape, routing: ops.Routing, length: int = 1) -> list[launch.Launch]:
+    return compilation.launches_of(form, layer, length, routing, torch.bfloat16, torch.bfloat16, CPU)
+
+
+WIDE = LayerShape(6144, 6144, has_bias=True)
+NARROW = LayerShape(2816, 1280, is_int8=True)
+SHIPPED = {  # what is widest of every kernel: rank of each row, rows, tokens of a row
+    **{f"decode-{places}": ("decode", WIDE, 4, places // 4, 1) for places in (16, 64, 128)},
+    "decode-int8": ("decode", NARROW, 4, 32, 1),
+    "decode-without-sums": ("decode", WIDE, 1, 64, 1),
+    "modulate-256": ("modulate", WIDE, 64, 1, 512),
+    "modulate-int8": ("modulate", NARROW, 128, 1, 512),
+    "modulate-16": ("modulate", WIDE, 4, 2, 16),
+    "sgmv-1": ("sgmv", WIDE, 64, 1, 1),
+}
+
+SPILLED = {"modulate-256": 32, "modulate-int8": 192}
+"""Bytes of a thread's that may lie outside of registers, where some do: ranks of 64 and more leave too few of them."""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
-def test_kernels_compile_for_an_h100(kernel, is_int8, tmp_path, monkeypatch):
+def test_shipped_configurations_compile_for_an_h100(name, tmp_path, monkeypatch, as_on_an_h100):
     """The interpreter runs Python; what a GPU runs is compiled, which needs none: to machine code for compute capability 9.0."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    signature, constants, attributes = {}, {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name.isupper() and len(name) > 1:
-            signature[name] = "constexpr"
-            constants[(place,)] = is_int8 if name == "IS_INT8" else {**BLOCKS, **OTHERS}[name]
-            continue
-        signature[name] = {**POINTERS, **FLOATS}.get(name, "*i32" if name.endswith("_list") else "i32")
-        if name == "weight" and is_int8:
-            signature[name] = "*i8"
-        if name == "weight_in":
-            signature[name], constants[(place,)] = "constexpr", 1
-        if not name.endswith("_list") and name not in ("n", "length", "num_tiles", "num_tokens", "rank_stride", "weight_in"):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(triton.runtime.JITFunction(kernel.fn), signature, constants, attributes)
-    compiled = triton.compile(
-        source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 3}
-    )
-    assert compiled.asm["cubin"] and compiled.metadata.shared <= 227 << 10
-    if kernel is not _sum_parts_kernel:
-        assert "mma" in compiled.asm["ptx"], "no tensor cores"
+    form, layer, rank, rows, length = SHIPPED[name]
+    routing = ops.route(range(1, rows + 1), [0] + [rank] * rows, rank)
+    for one in launches_of(form, layer, routing, length):
+        built = compiled(one)
+        assert built.shared <= 227 << 10
+        assert built.spilled <= SPILLED.get(name, 0), f"too much of a thread's does not fit into registers: {built}"
+        if one.kernel is not _sum_parts_kernel:
+            assert "mma" in built.ptx, "no tensor cores"
+
+
+BATCHES = [[1], [1, 2], [1, 1, 2], [3, 1, 2, 2, 1], [1] * 7, [2, 0, 1] * 4]
+
+
+@pytest.mark.parametrize("form, lengths", [("decode", [1]), ("modulate", [1, 3, 16, 37]), ("sgmv", [1, 3, 16, 37])])
+def test_a_batch_like_none_before_is_served_by_what_is_compiled(form, lengths, as_on_an_h100):
+    """Rows, adapters, tokens and tiles are no reason to compile: one variant for each tile, and how many parts a sum has."""
+    keys: dict[tuple, set[str]] = {}
+    for slots in BATCHES:
+        for length in lengths:
+            routing = ops.route(slots, [0, 2, 2, 2], 2)
+            tiles = kernels.tiles_of(form, length, routing)
+            assert all(one.data_ptr() % 16 == 0 for one in tiles.lists)
+            meta = {name: one for one in launches_of(form, WIDE, routing, length) for name, one in [(one.kernel, one)]}
+            for kernel, one in meta.items():
+                real = replace(one, arguments=tuple(given_lists(one.arguments, tiles.lists)))
+                constants = tuple(sorted((name, str(value)) for name, value in one.meta.items()))
+                is_split = form == "decode" and len(meta) > 1
+                keys.setdefault((jit_function(kernel).__name__, constants, is_split), set()).add(specialised(real)[2])
+    assert all(len(found) == 1 for found in keys.values()), {name: len(found) for name, found in keys.items()}
+    assert len(keys) <= 12
+
+
+def given_lists(arguments: tuple, lists: tuple[torch.Tensor, ...]) -> list:
+    """The arguments of a launch with the real lists in the place of those that hold nothing."""
+    rest = iter(lists)
+    return [next(rest) if getattr(one, "dtype", None) == torch.int32 else one for one in arguments]
+
+
+def test_a_shape_of_the_layer_is_a_reason_to_compile(as_on_an_h100):
+    """Else the test before could not fail."""
+    routing = ops.route([1, 2], [0, 2, 2], 2)
+    one, other = (specialised(launches_of("decode", LayerShape(width, 64), routing)[0])[2] for width in (64, 65))
+    assert one != other
+
+
+def test_nothing_is_compiled_ahead_without_a_gpu():
+    assert compilation.prepare(CPU, [WIDE], torch.bfloat16, compilation.batches([1, 4], [1, 2])) == 0
+    assert compilation.num_compiled() == (0 if DEVICE == "cpu" else compilation.num_compiled())
+
+
+def test_batches_go_from_one_adapter_to_each_rows_own():
+    found = [(len(routing.row_slots), routing.max_rank, len(routing.segments)) for routing in compilation.batches([2], [1, 6])]
+    assert found == [(1, 2, 1), (6, 2, 1), (6, 2, 2), (6, 2, 4), (6, 2, 6)]
+
+
+def test_a_choice_is_kept_and_taken_only_while_it_is_a_candidate(tmp_path, monkeypatch):
+    file = tmp_path / "kernels.json"
+    monkeypatch.setattr(choices, "_file", lambda device: file)
+    choices._kept.cache_clear()
+    problem = Problem([1, 2], 1, 16, 24, "bf16")
+    key, candidates = tuning.candidates("decode", problem.x, (problem.weight, None), problem.B, problem.routing)
+    assert choices.chosen(CPU, key, candidates) == candidates[0]
+    choices.remember(CPU, key, candidates[1])
+    choices._kept.cache_clear()
+    assert choices.chosen(CPU, key, candidates) == candidates[1] and choices.chosen(CPU, key, candidates[2:]) == candidates[2]
+    assert tuning.used("decode", problem.x, (problem.weight, None), problem.B, problem.routing) == choices.described(candidates[1])
+    for broken in ("no JSON", "[]", '{"choices": 3}'):
+        file.write_text(broken)
+        choices._kept.cache_clear()
+        assert choices.chosen(CPU, key, candidates) == candidates[0]
+    choices._kept.cache_clear()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there it measures")
+def test_nothing_is_tuned_without_a_gpu():
+    problem = Problem([1, 2], 1, 16, 24)
+    assert tuning.tune("decode", problem.x, (problem.weight, None), problem.A, problem.B, problem.routing) == []
+
+
+@pytest.mark.parametrize("programs, d_in, split", [(96, 6144, 2), (24, 2816, 8), (1, 64, 1), (500, 6144, 1), (48, 6144 + 1, 4)])
+def test_a_sum_is_cut_in_a_power_of_two_of_equal_parts(programs, d_in, split, as_on_an_h100):
+    config = Config(64, 64 if d_in != 2816 else 32, split_k=0, resident=2)
+    assert launch.split_of(config, programs, d_in, CPU, most=8, fewest_steps=4) == split
 
 
 @pytest.mark.parametrize("limit", [227 << 10, 163 << 10, 99 << 10], ids=["h100", "a100", "rtx"])
@@ -305,14 +404,15 @@ def test_tile_sizes_fit_the_devices_shared_memory(limit, monkeypatch):
     """By the bytes of what lies there at once: steps under way and operands, and, when a row's places are summed, the sums."""
     monkeypatch.setattr(launch, "shared_memory", lambda device: limit)
     monkeypatch.setattr(decode_kernel, "shared_memory", lambda device: limit)
+    monkeypatch.setattr(modulate_kernel, "shared_memory", lambda device: limit)
     for places in (16, 32, 64, 128):
-        config = decode_kernel.config_for(places, 2, torch.device(DEVICE))
+        config = decode_kernel.configs_for.__wrapped__(places, 2, torch.device(DEVICE))[0]
         step, operands = (2 * places + config.block_n) * config.block_k * 2, (places + config.block_n) * config.block_k * 2
-        assert (config.num_stages - 1) * step + operands <= limit and 8 * places * config.block_n <= limit
-        assert config.num_stages == 4 or limit < 227 << 10, "an H100 has room for four"
+        assert (config.num_stages - 1) * step + operands <= limit and 4 * places * config.block_n <= limit
+        assert config.num_stages >= 3 or limit < 227 << 10, "an H100 has room for three, of two programs at once"
     for tokens in (16, 64, 256):
         for rank in (16, 64, 128):
-            config = modulate_kernel.config_for(tokens, rank, 2, torch.device(DEVICE))
+            config = modulate_kernel.configs_for.__wrapped__(tokens, rank, 2, torch.device(DEVICE))[0]
             step = (tokens + config.block_n + rank) * config.block_k * 2
             operands = (tokens * config.block_k + config.block_k * config.block_n + rank * config.block_n) * 2
             assert (config.num_stages - 1) * step + operands <= limit
@@ -394,6 +494,26 @@ def test_every_kind_of_layer_is_served(method, kind, length, on_every_device, mo
     # An int8 layer's own product rounds x to 8 bits; the kernels do not.
     allowed = 3e-2 if kind == "int8" and expected in (None, "sgmv") else 1e-5
     assert max_diff <= allowed * truth.abs().max(), f"max_diff {max_diff:.3g} of {truth.abs().max():.3g}"
+
+
+@pytest.mark.parametrize("form", ["decode", "modulate", "sgmv"])
+def test_what_layers_call_is_one_graph_to_torch_compile(form):
+    problem = Problem([1, 0, 2], 1, 16, 24)
+    tiles = kernels.tiles_of(form, 1, problem.routing)  # worked out before, on the host, as a step's first layer does
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        numbers = (problem.weight, None, problem.A, problem.B, problem.bias, *tiles.lists)
+        if form == "decode":
+            return 2 * operators.decode(x[:, 0], *numbers, tiles.num_tiles).unsqueeze(1)
+        if form == "modulate":
+            return 2 * operators.modulate(x, *numbers, tiles.num_tokens, tiles.rank_tile)
+        y = nn.functional.linear(x, problem.weight, problem.bias)
+        operators.sgmv_add_(y, x, problem.A, problem.B, *tiles.lists, tiles.rank_tile)
+        return 2 * y
+
+    with torch.inference_mode():
+        compiled_call = torch.compile(call, fullgraph=True, backend="aot_eager")
+        assert_true(compiled_call(problem.x) / 2, problem, "lora" if form == "sgmv" else "flora")
 
 
 def test_gradients_are_left_to_pytorch(on_every_device):

@@ -106,7 +106,7 @@ def test_the_cache_is_where_the_platform_has_it(platform, variables, place, monk
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(limits.sys, "platform", platform)
+    monkeypatch.setattr(sys, "platform", platform)
     assert str(limits.cache_folder()) == place
 
 
