@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from flora import Request
+from flora.backend import kernels_on
 from flora.engine import Engine, Generation
+from flora.engine.graphs import DecodeSteps
 from profiling import hardware, workload
 from profiling.gpu.adapters import add_random_copies
 from profiling.gpu.budget import Budget, Longest
@@ -283,10 +285,11 @@ class _Measured:
         measure_name, rates = (THROUGHPUT, ()) if at_once else (LATENCY, (rate,))
         settings = SweepSettings(load, (rank,), rates, size.batch, (measure_name,))
         command = self.session.facts["command"]
-        sweep = Sweep(engine, source, settings, command, lambda: self.budget.left_s <= 0, add_random_copies)
+        ready = _Ready(load.methods, size.prompt_tokens + size.new_tokens, self._isolated)
+        sweep = Sweep(engine, source, settings, command, lambda: self.budget.left_s <= 0, ready.add_adapters)
         for _ in sweep.run():
             pass
-        notes = {"length": size.length}
+        notes = {"length": size.length, "compiled": ready.compiled(engine)}
         if self.job.kind == "speech":
             notes["includes"] = "log-mel features, which the host makes of each clip"
         for row in sweep.rows:
@@ -295,7 +298,8 @@ class _Measured:
                 reason = f"{num_failed} of {row['num_requests']} requests failed ({', '.join(row['errors'])})"
                 self.session.failed("models", what, reason, model=self.job.model, rank=rank, method=row["method"])
             own = {key: value for key, value in row.items() if key not in NOT_KEPT}
-            yield self.session.record("models", own | self._facts(engine, rank) | notes)
+            steps = ready.decode_steps(engine, row["method"])
+            yield self.session.record("models", own | self._facts(engine, rank) | notes | {"decode_steps": steps})
         if sweep.interrupted:
             yield self.left_out(_load_name(rate), NO_TIME, rank)
 
@@ -340,6 +344,51 @@ class _Steps:
         """Whether every step that was timed was one captured before."""
         graphs = self.generation.core.graphs
         return graphs is not None and graphs.failure is None and not self.captured and self.replayed == len(self.seconds)
+
+
+class _Ready:
+    """Makes an engine ready for a sweep once its adapters are there: decode steps are captured, and what they launch is compiled.
+
+    Afterwards it says how many were captured or compiled all the same while requests ran. isolated(what, rank): a context for what
+    may fail alone. positions: of the longest request.
+    """
+
+    def __init__(self, methods: Sequence[str], positions: int, isolated: Callable[..., AbstractContextManager[None]]) -> None:
+        self.methods, self.positions, self.isolated = methods, positions, isolated
+        self.before: dict[str, DecodeSteps] = {}
+        self.compiled_before: int | None = None
+
+    def add_adapters(self, engine: Engine, count: int, rank: int, methods: Sequence[str], seed: int) -> list[str]:
+        """As `add_random_copies`, which a sweep calls before it sends any request."""
+        tags = add_random_copies(engine, count, rank, methods, seed)
+        for method in self.methods:
+            with self.isolated(f"capturing {method}", rank, method=method):
+                engine.capture(method, tags, min(self.positions, engine.context_length))
+        self.before = {method: engine.captured(method) for method in self.methods}
+        self.compiled_before = _num_compiled(engine)
+        return tags
+
+    def decode_steps(self, engine: Engine, method: str) -> dict | None:
+        """Of a method's decode steps since then, those before the timed requests included: how many were captured, replayed, or run
+        as ever, and why the last of these, where that will not change."""
+        if method not in self.before:
+            return None
+        before, now = self.before[method], engine.captured(method)
+        counts = {name: getattr(now, name) - getattr(before, name) for name in ("captured", "replayed", "ran")}
+        return counts | {"reason": now.reason}
+
+    def compiled(self, engine: Engine) -> int | None:
+        """Kernels since then, of all methods; None where none serve, or Triton does not tell."""
+        now = _num_compiled(engine)
+        return None if now is None or self.compiled_before is None else now - self.compiled_before
+
+
+def _num_compiled(engine: Engine) -> int | None:
+    if kernels_on(engine.device.type) is None:
+        return None
+    from flora.kernels.compilation import num_compiled  # needs Triton, which is there where kernels serve
+
+    return num_compiled()
 
 
 def prepare(engine: Engine, requests: Sequence[Request], method: str) -> None:
