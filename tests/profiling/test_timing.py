@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from profiling import timing
 from profiling.timing import median, median_interval, paired_ratio, quantiles, timed
 
 
@@ -66,6 +67,26 @@ def test_groups_that_differ_widen_the_interval_so_that_two_runs_agree():
         return agreeing
 
     assert overlaps(True) >= max(90, overlaps(False) + 5)
+
+
+@pytest.mark.parametrize("num_groups", [3, 4, 8])
+def test_few_groups_that_differ_are_stretched_to_hold_the_true_median(num_groups, monkeypatch):
+    groups = np.repeat(range(num_groups), 10)
+    random = np.random.default_rng(4)
+    runs = [0.02 * random.normal(0, 1, len(groups)) + 0.1 * random.normal(0, 1, num_groups)[groups] for _ in range(100)]
+
+    def hits() -> int:
+        return sum(low <= 0 <= high for _, low, high in (median_interval(values, 0, groups) for values in runs))
+
+    stretched = hits()
+    monkeypatch.setattr(timing, "_stretch", lambda num_groups: 1.0)
+    assert stretched >= 88 and stretched > hits(), "of 100 intervals of 95 %"
+
+
+def test_groups_that_are_alike_are_not_stretched():
+    values, groups = np.random.default_rng(5).normal(1, 0.1, 400), np.repeat(range(4), 100)
+    (_, low, high), (_, lowest, highest) = median_interval(values, 0), median_interval(values, 0, groups)
+    assert highest - lowest < 2 * (high - low)
 
 
 def test_groups_of_different_sizes_in_any_order():
