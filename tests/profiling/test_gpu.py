@@ -448,7 +448,7 @@ def test_a_failure_is_a_row_and_the_next_goes_on_but_not_on_a_lost_device(tmp_pa
 
     one = session(tmp_path)
     with one.isolated("layers", "a point", rank=4):
-        raise OutOfResources("out of resource: shared memory\nHint: reduce /home/somebody/x.py")
+        raise OutOfResources("out of resource: shared memory\nHint: reduce /opt/somewhere/x.py")
     assert one.num_failed == 1
     (row,) = one.rows
     assert (row["measures"], row["what"], row["rank"]) == ("failed", "a point", 4)
