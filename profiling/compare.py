@@ -84,11 +84,10 @@ def compare(
 
     engines: kind → engine; prompts go to "code", clips to "speech". methods: the first two give the headline ratio.
     warmup_steps: decode steps, after a prefill, that each method takes on each kind before any clock runs.
-    repeats: how often the whole batch is generated, each time with caches of its own, and a small model's weights elsewhere in a
-    CPU's memory (`Engine.move_weights`); steps and times of all repeats count. seed: for sampling (plus the repeat) and the
-    bootstrap. verify: hold the last repeat's tokens against merged weights. should_stop: asked before every forward; once true,
-    what was measured so far is the result, with `stopped` set. audio_names (index → the clip's file) and model_names (kind → what
-    the model was loaded by) are for the command that reproduces the run.
+    repeats: how often the whole batch is generated; steps and times of all repeats count. seed: for sampling (plus the
+    repeat) and the bootstrap. verify: hold the last repeat's tokens against merged weights. should_stop: asked before
+    every forward; once true, what was measured so far is the result, with `stopped` set. audio_names (index → the clip's
+    file) and model_names (kind → what the model was loaded by) are for the command that reproduces the run.
 
     A request that a method cannot serve fails alone (`RowFailed`); the rest runs. Raises RequestError at once for an
     empty batch, an unknown method, a method given twice, or nonsense counts.
@@ -155,9 +154,6 @@ class _Comparison:
         hardware.reset_peak_memory(batch.engine.device for batch in self.batches)
         yield from self._warm_up()
         for repeat in range(self.repeats):
-            if repeat:  # as in another process, which has its weights elsewhere
-                for batch in self.batches:
-                    batch.engine.move_weights()
             if self.batches and not self.stopped:
                 yield from self._measure(repeat)
         if self.verify:

@@ -39,7 +39,6 @@ class FakeEngine:
     verified: list = field(default_factory=list)
 
     def __post_init__(self):
-        self.moved = 0
         self.device, self.dtype, self.name = torch.device("cpu"), torch.float32, self.kind
         facts = {"ranks": {"flora": 1, "lora": 4}, "sources": (), "any_base_model": False}
         self.adapters = {tag: SimpleNamespace(**facts) for tag in ("lua", "cs")}
@@ -51,10 +50,6 @@ class FakeEngine:
     def validate(self, request, method):
         if request.adapter is not None and request.adapter not in self.adapters:
             raise UnknownAdapterError(f"unknown adapter {request.adapter!r}")
-
-    def move_weights(self):
-        self.moved += 1
-        return True
 
     @contextmanager
     def exclusive(self):

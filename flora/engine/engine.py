@@ -41,9 +41,6 @@ LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 INT8_LOGIT_TOLERANCE = 0.5
 """The same in 8 bits, where what is rounded depends on the rows of a forward: docs/int8.md has the differences as measured."""
 
-MOVED_BYTES = 256 << 20
-"""More weights than this are not moved: no CPU's caches hold a share of them that matters."""
-
 EMPTY_BATCH = "the batch is empty: add at least one request"
 
 
@@ -400,20 +397,6 @@ class Engine:
         last one ran, where that will not change. Two of them, before and after, say what happened between."""
         _check_method(method)
         return replace(self._counts.decode.get(method, DecodeSteps(reason=None if self.capture_steps else NOT_ASKED_FOR)))
-
-    def move_weights(self) -> bool:
-        """Copy the model's weights to other places in memory, as if it had been loaded once more; returns whether that was done.
-
-        For measurements: where a small model's weights happen to lie decides how well they share the caches of a CPU. Only there,
-        and of `MOVED_BYTES` at most: larger ones do not stay in a cache, and steps that a GPU has captured know the addresses.
-        """
-        if self.device.type != "cpu" or sum(weight.nbytes for weight in self.model.parameters()) > MOVED_BYTES:
-            return False
-        with self._turns:
-            old = [(weight, weight.data) for weight in self.model.parameters()]  # held, so that none takes the place of another
-            for weight, data in old:
-                weight.data = data.clone()
-        return True
 
     # ---------------------------------------------------------------------------------------- a batch of one's own
 

@@ -368,23 +368,6 @@ def test_half_precision(name, method, checkpoints, requests_of):
 # --------------------------------------------------------------------------------------------------------------- adapters
 
 
-@pytest.mark.parametrize("name", ["code", "speech"])
-def test_moved_weights_change_no_token_and_no_layout(name, checkpoints, requests_of, monkeypatch):
-    engine = Engine.from_pretrained(checkpoints[name].model, checkpoints[name].sources("aa", "bb", "cc"), device="cpu")
-    weights = list(engine.model.parameters())
-    before, strides = token_ids(engine, requests_of(name), "flora"), [weight.stride() for weight in weights]
-    places = [weight.data_ptr() for weight in weights]
-    running = engine.submit(replace(requests_of(name)[0], max_new_tokens=20, ignore_eos=True))
-    assert engine.move_weights()
-    assert not set(places) & {weight.data_ptr() for weight in engine.model.parameters()}
-    assert [weight.stride() for weight in engine.model.parameters()] == strides
-    assert token_ids(engine, requests_of(name), "flora") == before
-    assert running.result(60).num_new_tokens == 20
-    monkeypatch.setattr("flora.engine.engine.MOVED_BYTES", 1000)
-    assert not engine.move_weights()
-    engine.close()
-
-
 def test_adapters_come_and_go_by_name(checkpoints, requests_of, alone):
     made = checkpoints["code"]
     engine = made.engine("aa")
