@@ -33,11 +33,14 @@ class RecordedPoint:
         """The median over its methods."""
         return median([abs(row["predicted_s"] - row["median_s"]) / row["median_s"] for row in self.rows.values()])
 
-    def fastest(self, key: str = "median_s") -> str:
-        """Of the paper's two methods, the faster one by a row's key; "neither" where none leads by more than GAP."""
+    def fastest(self, key: str = "median_s") -> str | None:
+        """Of the paper's two methods, the faster one by a row's key; "neither" where none leads by more than GAP, None where one of
+        them was not measured."""
         times = {method: self.rows[method][key] for method in PAPERS if method in self.rows}
         by_time = sorted(times, key=times.__getitem__)
-        if len(by_time) < 2 or (key == "median_s" and times[by_time[1]] <= (1 + GAP) * times[by_time[0]]):
+        if len(by_time) < 2:
+            return None
+        if key == "median_s" and times[by_time[1]] <= (1 + GAP) * times[by_time[0]]:
             return "neither"
         return by_time[0]
 

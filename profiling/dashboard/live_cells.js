@@ -26,7 +26,8 @@ const apply = () => {
     if (!target || !changed(`cell ${key}`, html)) continue;
     const follow = target.scrollHeight - target.scrollTop - target.clientHeight < 24;
     target.innerHTML = html;
-    if (follow) target.scrollTop = target.scrollHeight;
+    // Text that streams is followed to its end; a table is read from its top.
+    if (follow && !target.querySelector("table")) target.scrollTop = target.scrollHeight;
   }
   for (const [key, names] of Object.entries(value.classes || {})) {
     const target = node(key);

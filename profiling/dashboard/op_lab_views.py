@@ -198,8 +198,8 @@ def _recorded_cells(point: RecordedPoint) -> str:
     return first + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
 
 
-def _named(method: str) -> str:
-    return METHOD_STYLES[method].label if method in METHOD_STYLES else method
+def _named(method: str | None) -> str:
+    return METHOD_STYLES[method].label if method in METHOD_STYLES else method or _NOTHING
 
 
 def charts(results: Sequence[OpLabResult]) -> list[dict[str, Any]]:

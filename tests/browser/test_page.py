@@ -360,3 +360,11 @@ def test_examples_fill_and_add(open_page):
     page.locator("#code-row-4").wait_for()
     page.wait_for_timeout(500)
     assert page.locator(".request-row:visible").count() == 9, "one row for one choice"
+
+
+def test_a_long_table_is_read_from_its_top(open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Op lab").click()
+    table = page.locator("#oplab-recorded [data-cell=table]")
+    table.locator("tbody tr").nth(20).wait_for(state="attached")
+    assert table.evaluate("box => box.scrollHeight > box.clientHeight + 100 && box.scrollTop === 0")

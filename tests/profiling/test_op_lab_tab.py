@@ -17,7 +17,7 @@ from profiling.dashboard import op_lab_views as views
 from profiling.dashboard.op_lab import FREE, OpLabWork, setting_of
 from profiling.events import HowFar
 from profiling.op_lab import OpLabResult, Setting, measure
-from profiling.op_lab_recorded import RecordedPoint, read_recorded
+from profiling.op_lab_recorded import Recorded, RecordedPoint, read_recorded
 from profiling.recorded import Recording
 from profiling.report import lines_of
 
@@ -168,6 +168,10 @@ def test_a_lead_within_the_gap_is_no_win(result):
     assert point.fastest() == "neither" and point.fastest("predicted_s") == "flora"
     point.rows["bmm-lora"]["median_s"] = 0.5
     assert point.fastest() == "bmm-lora"
+    del point.rows["flora"]
+    assert point.fastest() is None and point.fastest("predicted_s") is None
+    table = views.recorded(Recorded((point,)))["cells"]["table"]
+    assert "neither" not in table and table.count("<td>–</td>") >= 3
 
 
 @pytest.mark.parametrize(
